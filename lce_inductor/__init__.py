@@ -1,0 +1,21 @@
+"""Linear -> cross-entropy heads without logits, for unmodified models under torch.compile.
+
+import lce_inductor
+lce_inductor.install()
+model = torch.compile(model)
+"""
+
+# Light on purpose: TORCH_LOGS="+lce_inductor" imports this package while torch itself is still being imported.
+from .config import Config
+from .install import current_config, inductor_options, install, installed, is_installed, uninstall
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "current_config",
+    "inductor_options",
+    "install",
+    "installed",
+    "is_installed",
+    "uninstall",
+]

@@ -1,0 +1,156 @@
+"""install() and uninstall(): the one place that touches Inductor's hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from .config import Config, make_config
+
+_HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
+
+
+@dataclasses.dataclass
+class _Installed:
+    config: Config
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+_lock = threading.RLock()
+_installed: _Installed | None = None
+
+
+def install(**settings: Any) -> None:
+    """Rewrite linear -> cross-entropy heads in every later torch.compile of this process.
+
+    Keyword arguments are the fields of Config. Installing twice with the same settings does nothing;
+    other settings replace the earlier ones. Passes already in Inductor's hooks keep running, before ours.
+
+    Raises:
+        ValueError: a setting has a value that is not allowed.
+        TypeError: a setting does not exist.
+    """
+    global _installed
+    config = make_config(settings)
+    with _lock:
+        if _installed is not None:
+            if _installed.config == config and _in_place(_installed):
+                return
+            uninstall()
+        from torch._inductor import config as inductor
+
+        passes = _passes(config)
+        before = {hook: getattr(inductor, hook) for hook in _HOOKS}
+        after = {hook: _join(before[hook], passes[hook]) for hook in _HOOKS}
+        for hook, value in after.items():
+            setattr(inductor, hook, value)
+        _installed = _Installed(config, before, after)
+
+
+def uninstall() -> None:
+    """Take the passes out again. Hooks that nobody touched since install() get back the very object they held;
+    from others only our passes are removed. Does nothing if not installed."""
+    global _installed
+    with _lock:
+        if _installed is None:
+            return
+        from torch._inductor import config as inductor
+
+        for hook in _HOOKS:
+            now = getattr(inductor, hook)
+            untouched = now is _installed.after[hook] and _unchanged(now, _installed.before[hook])
+            setattr(inductor, hook, _installed.before[hook] if untouched else _without(now))
+        _installed = None
+
+
+def is_installed() -> bool:
+    """Are the passes in Inductor's hooks right now?"""
+    return _installed is not None and _in_place(_installed)
+
+
+def current_config() -> Config | None:
+    """The settings in force, or None."""
+    return _installed.config if _installed is not None else None
+
+
+@contextlib.contextmanager
+def installed(**settings: Any) -> Iterator[None]:
+    """install() for the length of a with-block; whatever was installed before is back afterwards."""
+    earlier = _installed.config if _installed is not None else None
+    install(**settings)
+    try:
+        yield
+    finally:
+        uninstall()
+        if earlier is not None:
+            install(**dataclasses.asdict(earlier))
+
+
+def inductor_options(**settings: Any) -> dict[str, Any]:
+    """Options for one function: `torch.compile(model, options=lce_inductor.inductor_options())`.
+
+    `options=` replaces the hooks for that function, so the passes in the hooks now are included.
+    """
+    from torch._inductor import config as inductor
+
+    passes = _passes(make_config(settings))
+    return {hook: _join(_without(getattr(inductor, hook)), passes[hook]) for hook in _HOOKS}
+
+
+def _passes(config: Config) -> dict[str, Any]:
+    from . import passes
+
+    return {"pre_grad_custom_pass": passes.RecognizePass(config), "joint_custom_pre_pass": passes.SchedulePass(config)}
+
+
+def _items(value: Any) -> list[Any]:
+    """The passes in a hook's value, in order."""
+    from .chain import Chain
+
+    if value is None:
+        return []
+    if isinstance(value, Chain):
+        return list(value.passes)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _build(items: list[Any]) -> Any:
+    """A hook's value for these passes: torch 2.13 takes lists, earlier versions one callable."""
+    from .chain import Chain, takes_lists
+
+    if len(items) <= 1:
+        return items[0] if items else None
+    return items if takes_lists() else Chain(tuple(items))
+
+
+def _join(value: Any, ours: Any) -> Any:
+    return _build([*_items(value), ours])
+
+
+def _without(value: Any) -> Any:
+    """The hook's value with our passes taken out; the value itself if there are none."""
+    from .passes import _Pass
+
+    items = _items(value)
+    rest = [p for p in items if not isinstance(p, _Pass)]
+    return value if len(rest) == len(items) else _build(rest)
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    """A user may append to the list that install() made."""
+    return len(_items(now)) == len(_items(before)) + 1
+
+
+def _in_place(state: _Installed) -> bool:
+    from torch._inductor import config as inductor
+
+    from .passes import _Pass
+
+    def holds(hook: str) -> bool:
+        return any(isinstance(p, _Pass) and p.config == state.config for p in _items(getattr(inductor, hook)))
+
+    return all(map(holds, _HOOKS))

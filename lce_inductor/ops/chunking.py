@@ -1,0 +1,97 @@
+"""How many rows of logits exist at a time: sizes and a budget in, a plan out. No torch here.
+
+The automatic policy weighs memory against time (numbers of an H100; `POLICIES` has each device's):
+
+* Every chunk after the first reads and writes dW once more, in fp32. Beside the chunk's matrix products this
+  costs a share that falls as 1/rows, whatever H and V are: about 7% of one product at 4096 rows. So aim for
+  `target_rows`.
+* A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H: when H is small, the chunk is the larger part of
+  the memory. So no more than `rows_per_hidden` * H rows, though never fewer than `least_rows` for this reason.
+* `workspace_bytes` is a limit and always wins.
+* Pieces are equal, rounded up to the tile of the matrix products, so that the last one is no small rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How a kind of device likes its chunks; `align` is the unit of the row stride in elements."""
+
+    target_rows: int
+    least_rows: int
+    rows_per_hidden: int
+    tile: int
+    align: int
+
+
+POLICIES = {
+    # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
+    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=5, tile=128, align=64),
+    # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
+    "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, tile=16, align=1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlan:
+    """`count` chunks of `rows` rows (the last may be shorter), each row `row_stride` elements apart."""
+
+    rows: int
+    count: int
+    row_stride: int
+
+    def bounds(self, N: int) -> list[tuple[int, int]]:
+        """First row and number of rows of each chunk."""
+        return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
+
+
+def plan(
+    N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_bytes: int, device: str = "cuda"
+) -> ChunkPlan:
+    """Chunks for [N, H] x [V, H]: a pure function of sizes and budget.
+
+    Args:
+        itemsize: bytes of one logit.
+        chunk_tokens: rows of a chunk as the user wants them; 0 decides automatically.
+        workspace_bytes: limit of one chunk's logits in bytes; a single row may exceed it.
+        device: a key of POLICIES; any other device is treated as "cpu".
+    """
+    policy = POLICIES.get(device, POLICIES["cpu"])
+    row_stride = max(round_up(V, policy.align), 1)
+    if N == 0:
+        return ChunkPlan(0, 0, row_stride)
+    within_budget = max(workspace_bytes // (row_stride * itemsize), 1)
+    if chunk_tokens > 0:
+        rows = min(chunk_tokens, within_budget, N)
+        return ChunkPlan(rows, ceil_div(N, rows), row_stride)
+    for_hidden = max(policy.rows_per_hidden * H, policy.least_rows)
+    limit = min(policy.target_rows, for_hidden, within_budget)
+    if N <= limit:
+        return ChunkPlan(N, 1, row_stride)
+    if limit >= policy.tile:
+        limit -= limit % policy.tile
+    rows = ceil_div(N, ceil_div(N, limit))
+    rows = min(round_up(rows, policy.tile), limit)
+    return ChunkPlan(rows, ceil_div(N, rows), row_stride)
+
+
+def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool) -> int:
+    """Predicted bytes that loss and gradients add at their peak, the gradients included, [N] vectors left out."""
+    chunk = p.rows * p.row_stride * itemsize
+    grad_x = N * H * itemsize if dx else 0
+    grad_w = V * H * itemsize if dw else 0
+    if p.count <= 1 or itemsize >= 4:
+        return chunk + grad_x + grad_w
+    sums = V * H * 4 if dw else 0  # fp32, cast to the weight's dtype once the chunk is free
+    return grad_x + sums + max(chunk, grad_w)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    return ceil_div(a, b) * b

@@ -1,0 +1,167 @@
+"""Reference implementation, for the CPU and for any device without Triton: a chunk loop over ATen products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunking import plan
+from .epilogue import apply, apply_with_slope
+from .types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+
+Mask = tuple[bool, bool, bool]
+
+
+def forward(a: HeadArgs, stats: int) -> Stats:
+    """Statistics only: one product, nothing kept."""
+    out = _Rows(a, stats)
+    for rows in _chunks(a):
+        out.fill(rows, apply(a.epilogue, _logits(a, rows)))
+    return out.stats
+
+
+def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+    """Gradients by recomputing the logits of each chunk."""
+    out = _Grads(a, mask, a.weight.dtype)
+    for rows in _chunks(a):
+        y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
+        out.add(rows, _dz(a, rows, y, slope, lse[rows], None if mean is None else mean[rows], grads))
+    return out.result()
+
+
+def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
+    """Statistics and gradients of each chunk while its logits are there."""
+    if grads.mean is not None:
+        stats |= MEAN
+    rows_out = _Rows(a, stats | LSE)
+    out = _Grads(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
+    for rows in _chunks(a):
+        y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
+        rows_out.fill(rows, y)
+        found = rows_out.stats
+        mean = found.mean_logit[rows] if stats & MEAN else None
+        out.add(rows, _dz(a, rows, y, slope, found.lse[rows], mean, grads))
+    return (rows_out.stats, *out.result())
+
+
+def _chunks(a: HeadArgs) -> list[slice]:
+    n, h = a.x.shape
+    v = a.weight.shape[0]
+    # The chunk is held in the statistics' dtype, and once more while it becomes its gradient.
+    itemsize = 8 if a.x.dtype == torch.float64 else 4
+    p = plan(n, h, v, itemsize, a.chunk_tokens, a.workspace_bytes, device="cpu")
+    return [slice(i * p.rows, min(n, (i + 1) * p.rows)) for i in range(p.count)]
+
+
+def _logits(a: HeadArgs, rows: slice) -> Tensor:
+    """A chunk of logits, rounded as F.linear rounds them, in the statistics' dtype."""
+    z = F.linear(a.x[rows], a.weight, a.bias)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+class _Rows:
+    """Fills the statistics that were asked for, chunk by chunk."""
+
+    def __init__(self, a: HeadArgs, stats: int) -> None:
+        n = a.x.shape[0]
+        columns = 0 if a.target is None else a.target.shape[1]
+        dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+
+        def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
+            return a.x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
+
+        self.a, self.asked = a, stats
+        self.stats = Stats(
+            new(LSE), new(TARGET, columns), new(SUM), new(MEAN), new(MAX), new(ARGMAX, dtype=torch.int64)
+        )
+        if stats & TARGET and a.target is not None:
+            _check_target(a.target, a.weight.shape[0])
+
+    def fill(self, rows: slice, y: Tensor) -> None:
+        a, s, asked = self.a, self.stats, self.asked
+        if asked & (LSE | MEAN):
+            lse = y.logsumexp(1)
+            if asked & LSE:
+                s.lse[rows] = lse
+            if asked & MEAN:
+                s.mean_logit[rows] = (y - lse[:, None]).exp_().mul_(y).sum(1)
+        if asked & TARGET and a.target is not None:
+            index = a.target[rows]
+            picked = y.gather(1, index.clamp(min=0))
+            s.target_logit[rows] = torch.where(index >= 0, picked, 0)
+        if asked & SUM:
+            s.sum_logits[rows] = y.sum(1) if a.class_weight is None else y @ a.class_weight.to(y.dtype)
+        if asked & MAX:
+            s.max_logit[rows] = y.amax(1)
+        if asked & ARGMAX:
+            s.argmax[rows] = y.argmax(1)
+
+
+def _check_target(target: Tensor, classes: int) -> None:
+    """As eager on the CPU: an IndexError that names the first bad target."""
+    bad = (target >= classes) | ((target < 0) & (target != NO_TARGET))
+    if bad.any():
+        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
+
+
+def _dz(
+    a: HeadArgs, rows: slice, y: Tensor, slope: Tensor | float | None, lse: Tensor, mean: Tensor | None, grads: RowGrads
+) -> Tensor:
+    """Gradient of the chunk's logits, in the dtype of x. y may be overwritten."""
+    g_lse = None if grads.lse is None else grads.lse[rows]
+    if grads.lse_slope is not None:
+        sloped = grads.lse_slope[rows] * lse
+        g_lse = sloped if g_lse is None else g_lse + sloped
+    if grads.mean is not None:
+        assert mean is not None
+        factor = (y + (1 - mean)[:, None]).mul_(grads.mean[rows, None])
+        if g_lse is not None:
+            factor.add_(g_lse[:, None])
+        d = y.sub_(lse[:, None]).exp_().mul_(factor)
+    elif g_lse is not None:
+        d = y.sub_(lse[:, None]).exp_().mul_(g_lse[:, None])
+    else:
+        d = torch.zeros_like(y)
+    if grads.target is not None and a.target is not None:
+        index = a.target[rows]
+        d.scatter_add_(1, index.clamp(min=0), torch.where(index >= 0, grads.target[rows], 0))
+    if grads.sum is not None:
+        g_sum = grads.sum[rows, None]
+        d += g_sum if a.class_weight is None else g_sum * a.class_weight.to(d.dtype)
+    if slope is not None:
+        d *= slope
+    return d.to(a.x.dtype)
+
+
+class _Grads:
+    """Accumulates dX by rows, dW and db over chunks; a gradient that is not needed costs no product."""
+
+    def __init__(self, a: HeadArgs, mask: Mask, dtype: torch.dtype) -> None:
+        self.a, self.mask, self.dtype = a, mask, dtype
+        wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+        self.dx = torch.empty_like(a.x, memory_format=torch.contiguous_format) if mask[0] else a.x.new_empty(0)
+        self.dw = a.x.new_empty(a.weight.shape if mask[1] else (0,), dtype=wide)
+        self.db = a.x.new_empty(a.weight.shape[0] if mask[2] else 0, dtype=wide)
+        self.first = True
+
+    def add(self, rows: slice, dz: Tensor) -> None:
+        x = self.a.x[rows]
+        if self.mask[0]:
+            torch.mm(dz, self.a.weight, out=self.dx[rows])
+        if self.mask[1]:
+            if dz.dtype == self.dw.dtype:
+                torch.addmm(self.dw, dz.t(), x, beta=0 if self.first else 1, out=self.dw)
+            elif self.first:
+                self.dw.copy_(dz.t() @ x)
+            else:
+                self.dw += dz.t() @ x
+        if self.mask[2]:
+            column = dz.sum(0, dtype=self.db.dtype)
+            self.db = column if self.first else self.db + column
+        self.first = False
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.first:  # no rows, no chunk
+            self.dw.zero_(), self.db.zero_()
+        return self.dx, self.dw.to(self.dtype), self.db.to(self.dtype)

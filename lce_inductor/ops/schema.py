@@ -1,0 +1,206 @@
+"""Definition of the ops: schemas, fake kernels, autograd, and which implementation a device gets.
+
+Three ops on flat rows do the work; the passes put them, or the composite ops below, into graphs:
+
+    row_stats            statistics of the logits' rows, never the logits; its backward is row_stats_backward
+    row_stats_backward   gradients by recomputing the logits chunk by chunk (4 matrix products in all)
+    row_stats_with_grad  statistics and gradients in one go, row gradients known beforehand (3 products)
+
+Composite ops (traced through by AOTAutograd, visible in pre-grad graphs):
+
+    head_stats           row_stats for x of any rank: x [..., H] -> statistics [...]
+    cross_entropy        the arithmetic of F.cross_entropy on [N]-sized statistics
+
+Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
+target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs); `stats` is a mask of
+the bits in types.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import composite, cpu
+from .epilogue import parse
+from .types import ARGMAX, LSE, MAX, MEAN, SUM, TARGET, HeadArgs, RowGrads, Stats
+
+_HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
+_PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
+_STATS = "(Tensor lse, Tensor target_logit, Tensor sum_logits, Tensor mean_logit, Tensor max_logit, Tensor argmax"
+_WITH_STATS = _PLAN.format(stats="int stats, ")
+
+_lib = torch.library.Library("lce_inductor", "DEF")
+_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}) -> {_STATS})")
+_lib.define(
+    f"row_stats_backward({_HEAD}, Tensor lse, Tensor? mean_logit, Tensor? g_lse, Tensor? g_target, Tensor? g_sum, "
+    f"Tensor? g_mean, {_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
+)
+_lib.define(
+    f"row_stats_with_grad({_HEAD}, Tensor? g_lse, Tensor? g_lse_slope, Tensor? g_target, Tensor? g_sum, "
+    f"Tensor? g_mean, {_WITH_STATS}, bool[3] output_mask) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
+)
+_lib.define(
+    "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
+    f"{_WITH_STATS}) -> {_STATS})"
+)
+_lib.define(
+    "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
+    "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
+)
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """dtype of the statistics of logits of x: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _impl(x: Tensor):  # type: ignore[no-untyped-def]
+    """The implementation for x's device: Triton and library products on CUDA, ATen everywhere else."""
+    if x.is_cuda:
+        from . import cuda
+
+        if cuda.available():
+            return cuda
+    return cpu
+
+
+def _args(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    epilogue: str,
+    chunk_tokens: int,
+    workspace_bytes: int,
+) -> HeadArgs:
+    return HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+
+
+def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
+    check_inputs(x, weight, bias, target, class_weight)
+    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
+    return tuple(_impl(x).forward(a, stats))
+
+
+def _row_stats_backward(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean,
+    epilogue, chunk_tokens, workspace_bytes, output_mask,
+):  # fmt: skip
+    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
+    grads = RowGrads(g_lse, None, g_target, g_sum, g_mean)
+    return tuple(_impl(x).backward(a, lse, mean_logit, grads, tuple(output_mask)))
+
+
+def _row_stats_with_grad(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_mean,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
+):  # fmt: skip
+    check_inputs(x, weight, bias, target, class_weight)
+    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
+    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_mean)
+    found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask))
+    return (*found, dx, dw, db)
+
+
+def check_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, class_weight: Tensor | None
+) -> None:
+    """Raise a RuntimeError that names the argument, what came and what is allowed."""
+    if x.dim() != 2 or weight.dim() != 2:
+        raise RuntimeError(f"x must be [N, H] and weight [V, H], got {list(x.shape)} and {list(weight.shape)}")
+    if x.shape[1] != weight.shape[1]:
+        raise RuntimeError(f"x {list(x.shape)} and weight {list(weight.shape)} must agree in H")
+    if not x.is_floating_point():
+        raise RuntimeError(f"x must be a floating-point tensor, got {x.dtype}")
+    for name, tensor, size in (("weight", weight, None), ("bias", bias, weight.shape[:1])):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise RuntimeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and size is not None and tensor.shape != size:
+            raise RuntimeError(f"{name} must have shape {list(size)}, got {list(tensor.shape)}")
+    if target is not None and (target.dim() != 2 or target.shape[0] != x.shape[0] or target.dtype != torch.int64):
+        raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
+    if class_weight is not None and class_weight.shape != weight.shape[:1]:
+        raise RuntimeError(f"class_weight must have shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+
+
+def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
+    n = x.shape[0]
+    real = stat_dtype(x)
+
+    def rows(bit: int, *more: int, dtype: torch.dtype = real) -> Tensor:
+        return x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
+
+    columns = 0 if target is None else target.shape[1]
+    return Stats(rows(LSE), rows(TARGET, columns), rows(SUM), rows(MEAN), rows(MAX), rows(ARGMAX, dtype=torch.int64))
+
+
+def _fake_grads(  # type: ignore[no-untyped-def]
+    x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(t: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(t.shape if needed and t is not None else (0,), dtype=dtype)
+
+    return like(x, output_mask[0], x.dtype), like(weight, output_mask[1], dtype), like(bias, output_mask[2], dtype)
+
+
+def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
+    return tuple(_fake_stats(x, target, stats))
+
+
+def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean,
+    epilogue, chunk_tokens, workspace_bytes, output_mask,
+):  # fmt: skip
+    return _fake_grads(x, weight, bias, output_mask, weight.dtype)
+
+
+def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_mean,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
+):  # fmt: skip
+    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, grad_dtype(weight)))
+
+
+def grad_dtype(weight: Tensor) -> torch.dtype:
+    """dtype of dW and db from row_stats_with_grad.
+
+    fp16 row gradients come normalised to a maximum of one, and their sum over rows may pass fp16's 65504:
+    those stay fp32 until the real scale is multiplied in.
+    """
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
+    lse, _, _, mean_logit, max_logit, argmax = output
+    ctx.mark_non_differentiable(max_logit, argmax)
+    # An undefined gradient stays None: a statistic that nobody differentiates costs nothing.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, target, class_weight, lse, mean_logit if stats & MEAN else None)
+    ctx.plan = (epilogue, chunk_tokens, workspace_bytes)
+
+
+def _backward(ctx, g_lse, g_target, g_sum, g_mean, _g_max, _g_argmax):  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, mean_logit = ctx.saved_tensors
+    mask = ctx.needs_input_grad[:3]
+    none = (None,) * 6
+    if all(g is None for g in (g_lse, g_target, g_sum, g_mean)):
+        return (None, None, None, *none)
+    dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
+        x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean, *ctx.plan, mask
+    )
+    return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
+
+
+for _name, _real, _fake in (
+    ("row_stats", _row_stats, _fake_row_stats),
+    ("row_stats_backward", _row_stats_backward, _fake_row_stats_backward),
+    ("row_stats_with_grad", _row_stats_with_grad, _fake_row_stats_with_grad),
+):
+    _lib.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lce_inductor::{_name}", _fake, lib=_lib)
+torch.library.register_autograd("lce_inductor::row_stats", _backward, setup_context=_setup_context, lib=_lib)
+_lib.impl("head_stats", composite.head_stats, "CompositeImplicitAutograd")
+_lib.impl("cross_entropy", composite.cross_entropy, "CompositeImplicitAutograd")

@@ -1,0 +1,81 @@
+"""What the implementations of the fused ops take and return."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .epilogue import Steps
+
+# Bits of `stats`: logsumexp, logit at the target, (weighted) sum, softmax-weighted mean, maximum, its index.
+LSE, TARGET, SUM, MEAN, MAX, ARGMAX = 1, 2, 4, 8, 16, 32
+
+NO_TARGET = -(2**63)  # torch.iinfo(torch.int64).min: this row has no target in this column
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadArgs:
+    """One linear head: `Y = epilogue(x @ weight.T + bias)`, never held as a whole.
+
+    Attributes:
+        x: [N, H], any strides; fp64, fp32, bf16 or fp16.
+        weight: [V, H], any strides, dtype of x.
+        bias: [V], dtype of x, or None.
+        target: int64 [N, K] with entries in [0, V) or NO_TARGET, or None for K = 0.
+        class_weight: [V], any float dtype, or None for all ones.
+        epilogue: parsed elementwise steps (see epilogue.py); () is the identity.
+        chunk_tokens: rows of logits that may exist at a time; 0 lets the chunk plan decide.
+        workspace_bytes: upper limit in bytes for one chunk of logits.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor | None
+    class_weight: Tensor | None
+    epilogue: Steps
+    chunk_tokens: int
+    workspace_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGrads:
+    """Gradient of the loss with respect to each row statistic; None means zero.
+
+    All in the statistics' dtype (fp64 for fp64 inputs, else fp32), any strides, 0 included.
+
+    Attributes:
+        lse: [N].
+        lse_slope: [N]; the effective gradient of lse is `lse_slope * lse` more. Only where lse is computed
+            in the same call.
+        target: [N, K].
+        sum: [N].
+        mean: [N].
+    """
+
+    lse: Tensor | None = None
+    lse_slope: Tensor | None = None
+    target: Tensor | None = None
+    sum: Tensor | None = None
+    mean: Tensor | None = None
+
+    def all_none(self) -> bool:
+        """True where the loss does not depend on the head at all."""
+        return all(g is None for g in (self.lse, self.lse_slope, self.target, self.sum, self.mean))
+
+
+class Stats(NamedTuple):
+    """Row statistics of Y; what was not asked for has shape [0].
+
+    lse, sum_logits, mean_logit, max_logit: [N]; target_logit: [N, K]; fp64 for fp64 inputs, else fp32.
+    argmax: int64 [N].
+    """
+
+    lse: Tensor
+    target_logit: Tensor
+    sum_logits: Tensor
+    mean_logit: Tensor
+    max_logit: Tensor
+    argmax: Tensor

@@ -1,0 +1,99 @@
+"""Every reason for leaving a head alone: code, explanation, hint. The README lists the same rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Reason(NamedTuple):
+    """A static row of the table below."""
+
+    code: str
+    explanation: str
+    hint: str
+
+
+class Refusal(NamedTuple):
+    """Why one head stays as it is. `node` is where recognition stopped; formatted only when somebody reads it."""
+
+    reason: Reason
+    node: Any = None
+    detail: str = ""
+
+
+_ROWS = (
+    Reason(
+        "escape",
+        "an operation without a rule reads the logits, so they have to exist",
+        "keep the logits out of that operation, or compute it from the loss's own inputs",
+    ),
+    Reason(
+        "mutated",
+        "the logits, or an alias of them, are changed in place",
+        "write the change out of place (z = z / t instead of z.div_(t))",
+    ),
+    Reason(
+        "order",
+        "an input of the loss depends on the logits or is changed in place between the linear and the loss",
+        "prepare labels and weights before the head is applied",
+    ),
+    Reason(
+        "class-dim",
+        "the loss or softmax does not run over the vocabulary dimension of the linear",
+        "use dim=-1, or move the class dimension with permute/transpose before the loss",
+    ),
+    Reason(
+        "soft-targets",
+        "the targets are class probabilities of the size of the logits",
+        "use class indices with label_smoothing if that is what the probabilities encode",
+    ),
+    Reason("two-heads", "an operation combines the logits of two heads", "none: both sets of logits are needed"),
+    Reason(
+        "margin",
+        "the logits are changed at the target before the softmax (margin softmax)",
+        "none yet: the margin has to be seen by the fused op",
+    ),
+    Reason("dtype", "the dtype of the logits is not fp64, fp32, bf16 or fp16", "cast the head to a supported dtype"),
+    Reason(
+        "layout",
+        "an input of the head is sparse, quantized or a tensor subclass",
+        "use plain strided tensors for the head",
+    ),
+    Reason(
+        "no-loss",
+        "nothing in this graph reduces the logits to a loss",
+        "compile the head and the loss in one function; a graph break between them separates them",
+    ),
+    Reason(
+        "too-small",
+        "the logits are smaller than min_logits_bytes",
+        "install(min_logits_bytes=0) rewrites heads of every size",
+    ),
+    Reason(
+        "returned-loss-free",
+        "the logits are returned and no loss in this graph reads them",
+        "none: the caller wants the logits",
+    ),
+    Reason(
+        "class-weight-grad",
+        "the class weights of the loss require a gradient",
+        "detach the class weights; torch's cross_entropy gives them no gradient either",
+    ),
+    Reason(
+        "no-shapes",
+        "the graph carries no shapes for the head",
+        "propagate shapes first (FakeTensorProp or ShapeProp)",
+    ),
+    Reason(
+        "internal-error",
+        "a pass raised an exception; the graph was left as it was",
+        "report it with TORCH_LOGS='+lce_inductor'",
+    ),
+)
+
+REASONS: dict[str, Reason] = {row.code: row for row in _ROWS}
+
+
+def refuse(code: str, node: Any = None, detail: str = "") -> Refusal:
+    """A Refusal with the table's row for `code` (KeyError for a code that is not in the table)."""
+    return Refusal(REASONS[code], node, detail)

@@ -1,0 +1,113 @@
+"""Where a form starts: the products that may be heads.
+
+linear(x, W, b)   x @ W.T   matmul / mm / addmm(b, x, W.T)   einsum("bth,vh->btv", x, W)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .canon import Attr, Call, canonical, tensor_attr
+from .forms import ClassMap, Head, Ref
+from .values import Info, info, same_shape
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def head_of(call: Call) -> ClassMap | None:
+    """The form of a product that may be a head, or None."""
+    found = {"linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum}.get(call.name)
+    out = info(call.node)
+    if found is None or out is None or len(out.shape) < 2 or not out.plain or out.dtype not in DTYPES:
+        return None
+    parts = found(call, out)
+    if parts is None:
+        return None
+    x, weight, transposed, bias = parts
+    if not all(_plain(call.node, ref) for ref in (x, weight, bias) if ref is not None):
+        return None
+    weight, transposed = _peel_transpose(weight, transposed)
+    head = Head(call.node, x, weight, transposed, bias, out.dtype, out.shape[-1])
+    return ClassMap(head, (), len(out.shape) - 1, len(out.shape), out.dtype)
+
+
+_Parts = tuple[Ref, Ref, bool, "Ref | None"]
+
+
+def ref_info(node: Node, ref: Ref) -> Info | None:
+    """info() for a node or a module's parameter."""
+    if isinstance(ref, Attr):
+        value = tensor_attr(node.graph, ref)
+        return None if value is None else Info(tuple(value.shape), value.dtype, None, value.requires_grad, True)
+    return info(ref)
+
+
+def _plain(node: Node, ref: Ref) -> bool:
+    known = ref_info(node, ref)
+    return known is not None and known.plain
+
+
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, (Node, Attr))
+
+
+def _linear(call: Call, out: Info) -> _Parts | None:
+    x, weight, bias = call.get("input"), call.get("weight"), call.get("bias")
+    known = ref_info(call.node, weight) if _is_ref(weight) else None
+    if not isinstance(x, Node) or known is None or len(known.shape) != 2 or not (bias is None or _is_ref(bias)):
+        return None
+    return x, weight, False, bias
+
+
+def _matmul(call: Call, out: Info) -> _Parts | None:
+    x, weight = call.get("input"), call.get("other")
+    a, b = info(x), info(weight)
+    if call.get("out") is not None or a is None or b is None or len(b.shape) != 2 or len(a.shape) < 2:
+        return None
+    return x, weight, True, None
+
+
+def _addmm(call: Call, out: Info) -> _Parts | None:
+    bias, x, weight = call.get("bias"), call.get("input"), call.get("other")
+    known = info(bias)
+    if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1 or call.get("out") is not None or known is None:
+        return None
+    if info(x) is None or info(weight) is None or not same_shape(known.shape, out.shape[-1:]):
+        return None
+    return x, weight, True, bias
+
+
+def _einsum(call: Call, out: Info) -> _Parts | None:
+    operands = call.get("operands", ())
+    equation = re.sub(r"\s", "", call.get("equation") or "")
+    match = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]{2})->([a-zA-Z]+)", equation)
+    if match is None or len(operands) != 2 or info(operands[1]) is None:
+        return None
+    first, second, result = match.groups()
+    hidden = first[-1]
+    classes = second.replace(hidden, "", 1)
+    if hidden not in second or len(set(first)) != len(first) or result != first[:-1] + classes or classes in first:
+        return None
+    return operands[0], operands[1], second[0] == hidden, None
+
+
+def _peel_transpose(weight: Ref, transposed: bool) -> tuple[Ref, bool]:
+    """Use the [V, H] parameter itself where the graph only transposes it for the product."""
+    call = canonical(weight) if isinstance(weight, Node) else None
+    if not transposed or call is None:
+        return weight, transposed
+    base = call.get("input")
+    known = info(base)
+    if known is None or len(known.shape) != 2:
+        return weight, transposed
+    dims = {d % 2 for d in (call.get("dim0"), call.get("dim1")) if isinstance(d, int)}
+    swapped = (
+        call.name == "t"
+        or (call.name == "transpose" and dims == {0, 1})
+        or (call.name == "permute" and [d % 2 for d in call.get("dims", ()) if isinstance(d, int)] == [1, 0])
+    )
+    return (base, False) if swapped else (weight, transposed)

@@ -1,0 +1,84 @@
+"""Rules for the losses themselves.
+
+cross_entropy(logits, target, ...)     nll_loss(log_softmax(logits, -1), target, ...)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+from torch.nn import _reduction
+
+from ..ops.types import LSE, SUM, TARGET
+from ..reasons import refuse
+from .canon import Attr, Call
+from .forms import ClassMap, Outcome, Terminal, Want, rule
+from .rules_head import ref_info
+from .values import info
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+
+@rule("log_softmax")
+def log_softmax(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+    dim, out = call.get("dim"), info(call.node)
+    if form.kind != "logits" or out is None:
+        return None
+    if not isinstance(dim, int) or dim % form.ndim != form.class_dim:
+        return refuse("class-dim", call.node)
+    return form.with_(kind="log_probs", dtype=out.dtype)
+
+
+@rule("cross_entropy", "nll_loss")
+def cross_entropy(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+    """Both are one formula of the statistics: the loss of log-probabilities does not change if they are
+    normalised once more."""
+    node = call.node
+    if call.name == "nll_loss" and form.kind != "log_probs":
+        return None
+    if call.get("input") is None or walk.form(call.get("input")) is not form:
+        return None
+    # torch takes the class dimension second, or first for a single row without a batch dimension.
+    if form.class_dim != (1 if form.ndim > 1 else 0):
+        return refuse("class-dim", node)
+    target, weight = call.get("target"), call.get("weight")
+    known = info(target)
+    if known is None:
+        return None
+    if known.dtype.is_floating_point:
+        return refuse("soft-targets", node)
+    smoothing = call.get("label_smoothing", 0.0)
+    ignore_index = call.get("ignore_index", -100)
+    reduction = _legacy_reduction(call)
+    if not isinstance(smoothing, (int, float)) or not isinstance(ignore_index, int) or reduction is None:
+        return None
+    if weight is not None:
+        weight_info = ref_info(node, weight) if isinstance(weight, (Node, Attr)) else None
+        if weight_info is None:
+            return None
+        if weight_info.requires_grad:
+            return refuse("class-weight-grad", node)
+    wants = [Want(LSE), Want(TARGET, target, ignore_index)]
+    if smoothing > 0:
+        wants.append(Want(SUM, weight))
+    out = node if info(node) is not None else next((u for u in node.users if info(u) is not None), None)
+    dtype = form.dtype if out is None else info(out).dtype  # type: ignore[union-attr]
+
+    def emit(e: Any) -> Any:
+        args = (
+            e.stat(wants[0]), e.stat(wants[1]), e.stat(wants[2]) if smoothing > 0 else None, e.ref(target),
+            e.ref(weight), reduction, ignore_index, float(smoothing), e.num_classes, dtype,
+        )  # fmt: skip
+        return e.op("cross_entropy", *args, like=out)
+
+    return Terminal(node, form, tuple(wants), emit)
+
+
+def _legacy_reduction(call: Call) -> str | None:
+    size_average, reduce = call.get("size_average"), call.get("reduce")
+    if size_average is not None or reduce is not None:
+        return str(_reduction.legacy_get_string(size_average, reduce, emit_warning=False))
+    reduction = call.get("reduction", "mean")
+    return reduction if reduction in ("none", "mean", "sum") else None

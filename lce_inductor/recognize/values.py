@@ -1,0 +1,82 @@
+"""What is known of a node's value without running it: shape, dtype, storage, user's source line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+# Hint for a size that has none (data-dependent): large, as a loss over selected rows usually is.
+_UNKNOWN_SIZE = 8192
+
+
+class Info(NamedTuple):
+    """A tensor value: shape may hold SymInts; storage identifies the memory it lives in, None if unknown."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    storage: int | None
+    requires_grad: bool
+    plain: bool
+
+
+def info(node: Any) -> Info | None:
+    """Shape and dtype of a node's tensor value from example_value (Dynamo), val (aten) or tensor_meta (ShapeProp)."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        strided = value.layout is torch.strided and not value.is_quantized
+        plain = strided and not torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+        storage = value.untyped_storage()._cdata if plain else None
+        return Info(tuple(value.shape), value.dtype, storage, value.requires_grad, plain)
+    meta = node.meta.get("tensor_meta")
+    if value is None and isinstance(meta, tuple) and hasattr(meta, "shape") and hasattr(meta, "dtype"):
+        return Info(tuple(meta.shape), meta.dtype, None, bool(getattr(meta, "requires_grad", False)), True)
+    return None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two sizes the same? Never compares SymInts as values: that would add a guard to the user's graph."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return False
+
+
+def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b))
+
+
+def size_hint(size: Any) -> int:
+    """A size for policy only (is the rewrite worth it?), never for legality."""
+    if isinstance(size, int):
+        return size
+    try:
+        hint = size.node.hint
+    except Exception:  # a data-dependent size has no hint, and asking may raise
+        hint = None
+    return int(hint) if hint is not None else _UNKNOWN_SIZE
+
+
+def numel_hint(shape: tuple[Any, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size_hint(size)
+    return total
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n(?: {4}(?P<code>.+))?')
+
+
+def source(node: Node | None) -> str:
+    """The user's `file:line: code` for a node, or an empty string."""
+    frames = list(_FRAME.finditer((node.meta.get("stack_trace") if node is not None else None) or ""))
+    if not frames:
+        return ""
+    frame = frames[-1]
+    code = (frame["code"] or "").strip()
+    return f"{frame['file']}:{frame['line']}" + (f": {code}" if code else "")

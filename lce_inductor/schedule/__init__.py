@@ -1,0 +1,43 @@
+"""Schedule: decide in the joint graph whether gradients are computed in the forward.
+
+tangents (is it legal, and what are the row gradients with the tangent set to one?) -> rewrite (plan -> graph).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch.fx import Graph
+
+from .. import report
+from ..config import Config
+from . import rewrite
+from .tangents import Illegal, heads_of, row_gradients
+
+log = logging.getLogger("lce_inductor")
+
+
+def schedule(graph: Graph, config: Config) -> None:
+    """Move the gradients of every head whose backward allows it into its forward.
+
+    Heads are independent of each other: each is decided and rewritten on its own. Without a backward
+    (inference) there is nothing to do.
+    """
+    found = heads_of(graph)
+    for forward, backward in found:
+        name = rewrite.describe(forward)
+        if config.gradients == "recompute":
+            report.count("gradients:recompute")
+            log.debug("%s: gradients recompute the logits (4 products): gradients='recompute'", name)
+            continue
+        gradients = row_gradients(graph, forward, backward)
+        if isinstance(gradients, Illegal):
+            report.count("gradients:recompute")
+            level = logging.WARNING if config.gradients == "forward" else logging.DEBUG
+            log.log(level, "%s: gradients recompute the logits (4 products): %s", name, gradients.why)
+            continue
+        rewrite.merge(graph, forward, backward, gradients)
+        report.count("gradients:forward")
+        log.debug("%s: gradients are computed in the forward (3 products)", name)
+    if found:
+        rewrite.finish(graph)

@@ -1,0 +1,134 @@
+"""Plan -> joint graph: the only module of this stage that changes a graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .tangents import HEAD_ARGS, RowGradients
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+ops = torch.ops.lce_inductor
+_NUM_STATS = 6
+
+
+def describe(forward: Node) -> str:
+    """A head by its sizes, for log lines."""
+    x, weight = (forward.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
+    return f"head {forward.name} {list(x.shape)} x {list(weight.shape)}"
+
+
+def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> None:
+    """Replace row_stats and row_stats_backward by one row_stats_with_grad, scaled by the tangent in the backward."""
+    epilogue, stats, chunk_tokens, workspace_bytes = forward.args[HEAD_ARGS:]
+    mask = backward.args[-1]
+    x = forward.args[0].meta["val"]  # type: ignore[union-attr]
+    grads: list[Node | None] = [
+        found.grads[name].const if name in found.grads else None for name in ("g_lse", "g_target", "g_sum", "g_mean")
+    ]
+    slope = found.grads["g_lse"].slope if "g_lse" in found.grads else None
+    writer = _Writer(graph, forward)
+    scale = None
+    if x.dtype == torch.float16:
+        *grads, slope, scale = writer.normalize([*grads, slope])
+    args = (grads[0], slope, *grads[1:], epilogue, stats, chunk_tokens, workspace_bytes, mask)
+    merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args)
+    # Inside a checkpointed region everything else may be recomputed; this op's gradients are what is kept.
+    _must_save(merged, forward)
+    forward.replace_all_uses_with(merged)
+    graph.erase_node(forward)
+
+    for user in list(backward.users):
+        index = user.args[1]
+        with graph.inserting_before(user):
+            gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))  # type: ignore[operator]
+            gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]  # type: ignore[operator]
+            _must_save(gradient, merged)
+            out = _scaled(graph, gradient, found.tangent, scale, user)
+        user.replace_all_uses_with(out)
+        graph.erase_node(user)
+    graph.erase_node(backward)
+
+
+def _must_save(node: Node, source: Node) -> None:
+    if "recompute" in source.meta:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        if "ac_graph_id" in source.meta:
+            node.meta["ac_graph_id"] = source.meta["ac_graph_id"]
+
+
+def _scaled(graph: Graph, gradient: Node, tangent: Node, scale: Node | None, user: Node) -> Node:
+    """The gradient times the real tangent, in the dtype that the backward op gave."""
+    writer = _Writer(graph, None)
+    if tangent.meta["val"].dim() > 0:
+        tangent = writer.call(aten.reshape.default, tangent, [])
+    factor = tangent if scale is None else writer.call(aten.mul.Tensor, tangent, scale)
+    out = writer.call(aten.mul.Tensor, gradient, factor)
+    wanted = user.meta["val"].dtype
+    if out.meta["val"].dtype != wanted:
+        out = writer.call(prims.convert_element_type.default, out, wanted)
+    out.meta |= {k: v for k, v in user.meta.items() if k not in ("val", "recompute", "ac_graph_id")}
+    return out
+
+
+class _Writer:
+    """Writes nodes with their fake values, before `point` or at the graph's own insertion point."""
+
+    def __init__(self, graph: Graph, point: Node | None) -> None:
+        self.graph, self.point = graph, point
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        if self.point is None:
+            node = self.graph.call_function(target, args, kwargs)
+        else:
+            with self.graph.inserting_before(self.point):
+                node = self.graph.call_function(target, args, kwargs)
+            keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
+            node.meta = {k: v for k, v in self.point.meta.items() if k in keep}
+        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with _fake_mode(values):
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def normalize(self, grads: list[Node | None]) -> list[Node | None]:
+        """Row gradients divided by a power of two so that their maximum is about one, and that power.
+
+        fp16 has no room for the 1/N of a mean: with a loss scale it would have come with the tangent.
+        """
+        flat = [self.call(aten.reshape.default, self.call(aten.abs.default, g), [-1]) for g in grads if g is not None]
+        first = flat[0].meta["val"]
+        # One zero more: a maximum over no rows is an error.
+        flat.append(self.call(aten.full.default, [1], 0, dtype=first.dtype, device=first.device))
+        top = self.call(aten.amax.default, self.call(aten.cat.default, flat))
+        power = self.call(aten.exp2.default, self.call(aten.ceil.default, self.call(aten.log2.default, top)))
+        one = self.call(aten.full.default, [], 1, dtype=first.dtype, device=first.device)
+        scale = self.call(aten.where.self, self.call(aten.eq.Scalar, top, 0), one, power)
+        return [*(None if g is None else self.call(aten.div.Tensor, g, scale) for g in grads), scale]
+
+
+def _fake_mode(values: Any) -> Any:
+    from torch._guards import detect_fake_mode
+
+    flat = torch.utils._pytree.tree_leaves(values)
+    mode = detect_fake_mode([v for v in flat if isinstance(v, torch.Tensor)])
+    if mode is None:
+        from torch._guards import TracingContext
+
+        context = TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+    import contextlib
+
+    return mode if mode is not None else contextlib.nullcontext()
+
+
+def finish(graph: Graph) -> None:
+    """Coefficients may stand after the head that now reads them: sort, and drop the formulas nobody reads."""
+    stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()

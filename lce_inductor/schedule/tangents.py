@@ -1,0 +1,261 @@
+"""Are a head's row gradients known before the head runs, up to one scalar tangent?
+
+A row gradient g of the joint graph qualifies if
+
+    g = tangent * (a + c * lse)
+
+with one scalar tangent, and with a and c free of anything the head computes. Then a and c are g's own
+formula with the tangent set to one. The formula is copied: other uses of the tangent stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+ops = torch.ops.lce_inductor
+
+# Positions in row_stats_backward's arguments, and the names row_stats_with_grad gives to them.
+ROW_GRADIENTS = {"g_lse": 7, "g_target": 8, "g_sum": 9, "g_mean": 10}
+HEAD_ARGS = 5
+LSE_ARG = 5
+
+
+class Illegal(NamedTuple):
+    """Why the gradients can't move into the forward."""
+
+    why: str
+
+
+class Affine(NamedTuple):
+    """A value `const + slope * lse`, row by row; None means zero."""
+
+    const: Node | None
+    slope: Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGradients:
+    """Row gradients with the tangent set to one; `new` are the nodes written for them, in order."""
+
+    tangent: Node
+    grads: dict[str, Affine]
+    new: list[Node]
+
+
+# Elementwise or shape-only in their first argument, and zero for zero: g stays linear through them.
+_LINEAR = {
+    aten.neg.default, aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default,
+    aten.clone.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.t.default,
+    aten.transpose.int, aten._to_copy.default, prims.convert_element_type.default, aten.detach.default,
+    aten.select_backward.default, aten.slice_backward.default, aten.constant_pad_nd.default,
+}  # fmt: skip
+_REDUCING = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
+_ADD = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_SCATTER = {aten.select_scatter.default, aten.slice_scatter.default}
+
+
+def origin(value: Any) -> Any:
+    """The value behind aliases: what autograd saves for the backward shows as an alias."""
+    while isinstance(value, Node) and value.target in (aten.alias.default, aten.detach.default):
+        value = value.args[0]
+    return value
+
+
+def heads_of(graph: Graph) -> list[tuple[Node, Node]]:
+    """Pairs of a row_stats node and its row_stats_backward node."""
+    pairs = []
+    for backward in graph.find_nodes(op="call_function", target=ops.row_stats_backward.default):
+        lse = origin(backward.args[LSE_ARG])
+        forward = lse.args[0] if isinstance(lse, Node) and lse.target is operator.getitem else None
+        if isinstance(forward, Node) and forward.target is ops.row_stats.default:
+            pairs.append((forward, backward))
+    return pairs
+
+
+def row_gradients(graph: Graph, forward: Node, backward: Node) -> RowGradients | Illegal:
+    """The row gradients of a head with the tangent set to one, or why there are none. Writes nodes before `forward`,
+    which nobody uses yet."""
+    lse = origin(backward.args[LSE_ARG])
+    if sum(1 for f, _ in heads_of(graph) if f is forward) > 1:
+        return Illegal("the head has several backwards")
+    if [origin(a) for a in forward.args[:HEAD_ARGS]] != [origin(a) for a in backward.args[:HEAD_ARGS]]:
+        return Illegal("the backward reads other inputs than the forward")
+    evaluate = _Evaluate(graph, forward, lse)
+    try:
+        grads = {name: evaluate(backward.args[i]) for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None}
+        for name, value in grads.items():
+            if value.slope is not None and name != "g_lse":
+                raise _NotLinear("a row gradient other than that of lse depends on lse")
+        if len(evaluate.roots) != 1:
+            raise _NotLinear("the row gradients depend on several tangents, or on none")
+    except _NotLinear as reason:
+        for node in reversed(evaluate.new):
+            graph.erase_node(node)
+        return Illegal(str(reason))
+    return RowGradients(next(iter(evaluate.roots)), grads, evaluate.new)
+
+
+class _NotLinear(Exception):
+    pass
+
+
+class _Evaluate:
+    """Evaluates nodes as Affine values with the tangent set to one."""
+
+    def __init__(self, graph: Graph, forward: Node, lse: Any) -> None:
+        self.graph, self.forward, self.lse = graph, forward, lse
+        tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
+        self.on_tangent = _dependents(graph, set(tangents))
+        self.on_head = _dependents(graph, {forward})
+        self.tangents = set(tangents)
+        self.roots: set[Node] = set()
+        self.new: list[Node] = []
+        self._known: dict[Node, Affine] = {}
+
+    def __call__(self, node: Any) -> Affine:
+        """The value of a node; a node that depends on neither tangent nor head is its own constant."""
+        if not isinstance(node, Node):
+            raise _NotLinear("a row gradient is not a tensor")
+        if node not in self._known:
+            self._known[node] = self._evaluate(node)
+        return self._known[node]
+
+    def _free(self, value: Any) -> bool:
+        return not isinstance(value, Node) or (value not in self.on_tangent and value not in self.on_head)
+
+    def _evaluate(self, node: Node) -> Affine:
+        if node in self.tangents:
+            return Affine(self._one(node), None)
+        if _is_zero(node):
+            return Affine(None, None)
+        if self._free(node):
+            return Affine(node, None)
+        if node is self.lse:
+            return Affine(None, self._ones_like(node))
+        if node.target in _LINEAR and all(self._free(a) for a in node.args[1:]):
+            return self._map(node, 0)
+        if node.target in _REDUCING and all(self._free(a) for a in node.args[1:]):
+            if self(node.args[0]).slope is not None:
+                raise _NotLinear("lse is summed on the way to a row gradient")
+            return self._map(node, 0)
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+            return self._product(node)
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            return self(node.args[0])
+        if node.target in (aten.div.Tensor, aten.div.Scalar) and self._free(node.args[1]):
+            return self._map(node, 0)
+        if node.target is aten.where.self and self._free(node.args[0]):
+            return self._each(node, (1, 2))
+        if node.target in _ADD and not node.kwargs:
+            return self._each(node, (0, 1))
+        if node.target in _SCATTER:
+            return self._each(node, (0, 1))
+        raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
+
+    def _map(self, node: Node, index: int) -> Affine:
+        value = self(node.args[index])
+        parts = (None if p is None else self._copy(node, {index: p}) for p in value)
+        return Affine(*parts)
+
+    def _each(self, node: Node, indices: tuple[int, int]) -> Affine:
+        """Operations that are linear in two arguments together: where, add, sub, and the scatters."""
+        if node in self.on_tangent:
+            for i in indices:
+                arg = node.args[i]
+                if not _is_zero(arg) and arg not in self.on_tangent:
+                    raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
+        values = [self(node.args[i]) if isinstance(node.args[i], Node) else Affine(None, None) for i in indices]
+        if any(not isinstance(node.args[i], Node) and node.args[i] != 0 for i in indices):
+            raise _NotLinear(f"a constant is added: {node.format_node() or node.name}")
+        parts: list[Node | None] = []
+        for part in zip(*values):
+            if part == (None, None):
+                parts.append(None)
+                continue
+            filled = {i: p if p is not None else self._zeros_like(node.args[i]) for i, p in zip(indices, part)}
+            parts.append(self._copy(node, filled))
+        return Affine(*parts)
+
+    def _product(self, node: Node) -> Affine:
+        left, right = node.args[0], node.args[1]
+        if isinstance(left, Node) and isinstance(right, Node) and {left, right} <= self.on_tangent:
+            raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
+        if not isinstance(right, Node):
+            return self._map(node, 0)
+        if not isinstance(left, Node):
+            return self._map(node, 1)
+        a, b = self(left), self(right)
+        if a.slope is not None and b.slope is not None:
+            raise _NotLinear("a row gradient depends on lse squared")
+
+        def times(p: Node | None, q: Node | None) -> Node | None:
+            return None if p is None or q is None else self._copy(node, {0: p, 1: q})
+
+        slope = times(a.slope, b.const) if a.slope is not None else times(a.const, b.slope)
+        return Affine(times(a.const, b.const), slope)
+
+    def _copy(self, node: Node, args: dict[int, Node]) -> Node:
+        new = self._write(node.target, tuple(args.get(i, a) for i, a in enumerate(node.args)), node, node.kwargs)
+        return new
+
+    def _write(self, target: Any, args: tuple[Any, ...], like: Node, kwargs: Any = None) -> Node:
+        with self.graph.inserting_before(self.forward):
+            new = self.graph.call_function(target, args, kwargs or {})
+        new.meta = {k: like.meta[k] for k in ("val", "stack_trace", "recompute", "ac_graph_id") if k in like.meta}
+        self.new.append(new)
+        return new
+
+    def _one(self, tangent: Node) -> Node:
+        self.roots.add(tangent)
+        value = tangent.meta["val"]
+        if any(not isinstance(s, int) or s != 1 for s in value.shape):
+            raise _NotLinear("the tangent is not a scalar")
+        return self._write(
+            aten.full.default, (list(value.shape), 1), tangent, {"dtype": value.dtype, "device": value.device}
+        )
+
+    def _ones_like(self, node: Node) -> Node:
+        # lse itself is not there yet: a tensor of its shape is made from x, which is.
+        return self._rows(1)
+
+    def _rows(self, fill: int) -> Node:
+        value = self.lse.meta["val"]
+        rows = value.shape[0]
+        if not isinstance(rows, int):
+            x = self.forward.args[0]
+            with self.graph.inserting_before(self.forward):
+                rows = self.graph.call_function(aten.sym_size.int, (x, 0))
+            rows.meta["val"] = value.shape[0]
+            self.new.append(rows)
+        return self._write(aten.full.default, ([rows], fill), self.lse, {"dtype": value.dtype, "device": value.device})
+
+    def _zeros_like(self, node: Any) -> Any:
+        if not isinstance(node, Node) or _is_zero(node):
+            return node
+        value = node.meta["val"]
+        if value.dim() == 0:
+            return self._write(aten.full.default, ([], 0), node, {"dtype": value.dtype, "device": value.device})
+        raise _NotLinear("a part of a row gradient depends on lse, another does not")
+
+
+def _dependents(graph: Graph, roots: set[Node]) -> set[Node]:
+    found = set(roots)
+    for node in graph.nodes:
+        if any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_zero(node: Any) -> bool:
+    if not isinstance(node, Node):
+        return bool(node == 0)
+    constant = node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
+    return constant and bool(node.args[-1] == 0)
