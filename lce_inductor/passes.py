@@ -16,6 +16,7 @@ from . import report
 from .config import Config
 from .ops import schema  # noqa: F401  (registers the ops)
 from .recognize import recognize
+from .recognize.rewrite import Backup
 from .schedule import schedule
 
 log = logging.getLogger("lce_inductor")
@@ -86,4 +87,9 @@ class SchedulePass(_Pass):
     stage = "schedule"
 
     def run(self, graph: Graph) -> None:
-        schedule(graph, self.config)
+        backup = Backup(graph)
+        try:
+            schedule(graph, self.config)
+        except Exception:
+            backup.restore()
+            raise

@@ -49,6 +49,11 @@ _ROWS = (
     ),
     Reason("two-heads", "an operation combines the logits of two heads", "none: both sets of logits are needed"),
     Reason(
+        "lora",
+        "an adapter's product is added to the logits (LoRA on the head)",
+        "merge the adapter into the head's weight, or leave the head out of the adapter's target modules",
+    ),
+    Reason(
         "margin",
         "the logits are changed at the target before the softmax (margin softmax)",
         "none yet: the margin has to be seen by the fused op",

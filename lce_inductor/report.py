@@ -113,11 +113,16 @@ def records_of(plans: list[Any], config: Any) -> list[HeadRecord]:
 
 
 def _worth_telling(plan: Any, config: Any) -> bool:
-    """A linear without a loss is news only if its output could be logits that matter: wide and large."""
-    from .recognize.values import size_hint
+    """A linear without a loss is news only if its output could be logits that matter: wide and large.
 
-    wide = size_hint(plan.head.num_classes) >= 8192
-    return bool(wide and plan.logits_bytes >= config.min_logits_bytes)
+    The layers of a transformer's body widen at most about fourfold.
+    """
+    from .recognize.values import info, size_hint
+
+    x = info(plan.head.x)
+    hidden = size_hint(x.shape[-1]) if x is not None else 0
+    classes = size_hint(plan.head.num_classes)
+    return bool((classes >= 32000 or classes > 5 * hidden) and plan.logits_bytes >= config.min_logits_bytes)
 
 
 def _stop(refusal: Any) -> str:

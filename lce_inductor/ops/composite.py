@@ -35,7 +35,7 @@ def head_stats(
         x.reshape(-1, x.shape[-1]), weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes
     )
     return tuple(
-        found_one.reshape(*rows, *found_one.shape[1:]) if stats & (1 << i) else found_one
+        found_one.reshape((*rows, *found_one.shape[1:])) if stats & (1 << i) else found_one
         for i, found_one in enumerate(found)
     )
 

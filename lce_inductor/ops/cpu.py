@@ -32,9 +32,10 @@ def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mas
 
 def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients of each chunk while its logits are there."""
-    if grads.mean is not None:
-        stats |= MEAN
-    rows_out = _Rows(a, stats | LSE)
+    asked = stats
+    asked = stats
+    stats |= LSE | (MEAN if grads.mean is not None else 0)
+    rows_out = _Rows(a, stats)
     out = _Grads(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
     for rows in _chunks(a):
         y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
@@ -42,7 +43,8 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
         found = rows_out.stats
         mean = found.mean_logit[rows] if stats & MEAN else None
         out.add(rows, _dz(a, rows, y, slope, found.lse[rows], mean, grads))
-    return (rows_out.stats, *out.result())
+    kept = (value if asked & (1 << i) else value.new_empty(0) for i, value in enumerate(rows_out.stats))
+    return (Stats(*kept), *out.result())
 
 
 def _chunks(a: HeadArgs) -> list[slice]:
@@ -56,8 +58,10 @@ def _chunks(a: HeadArgs) -> list[slice]:
 
 def _logits(a: HeadArgs, rows: slice) -> Tensor:
     """A chunk of logits, rounded as F.linear rounds them, in the statistics' dtype."""
-    z = F.linear(a.x[rows], a.weight, a.bias)
-    return z if z.dtype == torch.float64 else z.float()
+    fused = a.bias is None or a.bias.dtype == a.x.dtype
+    z = F.linear(a.x[rows], a.weight, a.bias if fused else None)
+    z = z if z.dtype == torch.float64 else z.float()
+    return z if fused or a.bias is None else z.add_(a.bias)
 
 
 class _Rows:
@@ -108,7 +112,7 @@ def _check_target(target: Tensor, classes: int) -> None:
 def _dz(
     a: HeadArgs, rows: slice, y: Tensor, slope: Tensor | float | None, lse: Tensor, mean: Tensor | None, grads: RowGrads
 ) -> Tensor:
-    """Gradient of the chunk's logits, in the dtype of x. y may be overwritten."""
+    """Gradient of the chunk's logits, in the statistics' dtype. y may be overwritten."""
     g_lse = None if grads.lse is None else grads.lse[rows]
     if grads.lse_slope is not None:
         sloped = grads.lse_slope[rows] * lse
@@ -131,7 +135,7 @@ def _dz(
         d += g_sum if a.class_weight is None else g_sum * a.class_weight.to(d.dtype)
     if slope is not None:
         d *= slope
-    return d.to(a.x.dtype)
+    return d
 
 
 class _Grads:
@@ -148,14 +152,10 @@ class _Grads:
     def add(self, rows: slice, dz: Tensor) -> None:
         x = self.a.x[rows]
         if self.mask[0]:
-            torch.mm(dz, self.a.weight, out=self.dx[rows])
+            torch.mm(dz.to(x.dtype), self.a.weight, out=self.dx[rows])
         if self.mask[1]:
-            if dz.dtype == self.dw.dtype:
-                torch.addmm(self.dw, dz.t(), x, beta=0 if self.first else 1, out=self.dw)
-            elif self.first:
-                self.dw.copy_(dz.t() @ x)
-            else:
-                self.dw += dz.t() @ x
+            # In the sum's own dtype: rounding each chunk's product to bf16 would add up to more than eager's error.
+            torch.addmm(self.dw, dz.t(), x.to(self.dw.dtype), beta=0 if self.first else 1, out=self.dw)
         if self.mask[2]:
             column = dz.sum(0, dtype=self.db.dtype)
             self.db = column if self.first else self.db + column
@@ -164,4 +164,4 @@ class _Grads:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.first:  # no rows, no chunk
             self.dw.zero_(), self.db.zero_()
-        return self.dx, self.dw.to(self.dtype), self.db.to(self.dtype)
+        return self.dx, self.dw.to(self.dtype), self.db

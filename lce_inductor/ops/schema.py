@@ -90,7 +90,8 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, None, g_target, g_sum, g_mean)
-    return tuple(_impl(x).backward(a, lse, mean_logit, grads, tuple(output_mask)))
+    dx, dw, db = _impl(x).backward(a, lse, mean_logit, grads, tuple(output_mask))
+    return dx, dw, db.to(weight.dtype if bias is None else bias.dtype)
 
 
 def _row_stats_with_grad(  # type: ignore[no-untyped-def]
@@ -101,7 +102,7 @@ def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_mean)
     found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask))
-    return (*found, dx, dw, db)
+    return (*found, dx, dw, db.to(grad_dtype(weight if bias is None else bias)))
 
 
 def check_inputs(
@@ -114,11 +115,10 @@ def check_inputs(
         raise RuntimeError(f"x {list(x.shape)} and weight {list(weight.shape)} must agree in H")
     if not x.is_floating_point():
         raise RuntimeError(f"x must be a floating-point tensor, got {x.dtype}")
-    for name, tensor, size in (("weight", weight, None), ("bias", bias, weight.shape[:1])):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise RuntimeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and size is not None and tensor.shape != size:
-            raise RuntimeError(f"{name} must have shape {list(size)}, got {list(tensor.shape)}")
+    if weight.dtype != x.dtype:
+        raise RuntimeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise RuntimeError(f"bias must be a float tensor [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
     if target is not None and (target.dim() != 2 or target.shape[0] != x.shape[0] or target.dtype != torch.int64):
         raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
@@ -137,12 +137,13 @@ def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
 
 
 def _fake_grads(  # type: ignore[no-untyped-def]
-    x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, wide_half: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def like(t: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
-        return x.new_empty(t.shape if needed and t is not None else (0,), dtype=dtype)
+    def like(t: Tensor, needed: bool, wide: bool) -> Tensor:
+        return x.new_empty(t.shape if needed else (0,), dtype=grad_dtype(t) if wide else t.dtype)
 
-    return like(x, output_mask[0], x.dtype), like(weight, output_mask[1], dtype), like(bias, output_mask[2], dtype)
+    db = like(weight if bias is None else bias, output_mask[2] and bias is not None, wide_half)
+    return like(x, output_mask[0], False), like(weight, output_mask[1], wide_half), db
 
 
 def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
@@ -153,14 +154,14 @@ def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
-    return _fake_grads(x, weight, bias, output_mask, weight.dtype)
+    return _fake_grads(x, weight, bias, output_mask, wide_half=False)
 
 
 def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_mean,
     epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
-    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, grad_dtype(weight)))
+    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide_half=True))
 
 
 def grad_dtype(weight: Tensor) -> torch.dtype:
@@ -174,24 +175,41 @@ def grad_dtype(weight: Tensor) -> torch.dtype:
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
-    lse, _, _, mean_logit, max_logit, argmax = output
-    ctx.mark_non_differentiable(max_logit, argmax)
+    lse, _, _, mean_logit, _, argmax = output
+    # What was not asked for is empty: a gradient of it would have the wrong shape.
+    empty = [value for i, value in enumerate(output[:5]) if not stats & (1 << i)]
+    ctx.mark_non_differentiable(argmax, *empty)
     # An undefined gradient stays None: a statistic that nobody differentiates costs nothing.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, target, class_weight, lse, mean_logit if stats & MEAN else None)
+    ctx.save_for_backward(x, weight, bias, target, class_weight, lse, mean_logit if stats & MEAN else None, argmax)
     ctx.plan = (epilogue, chunk_tokens, workspace_bytes)
+    ctx.has_lse, ctx.has_argmax = bool(stats & LSE), bool(stats & ARGMAX)
 
 
-def _backward(ctx, g_lse, g_target, g_sum, g_mean, _g_max, _g_argmax):  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, mean_logit = ctx.saved_tensors
+def _backward(ctx, g_lse, g_target, g_sum, g_mean, g_max, _g_argmax):  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, mean_logit, argmax = ctx.saved_tensors
+    if g_max is not None:
+        if not ctx.has_argmax:
+            raise RuntimeError("the gradient of max_logit needs argmax: ask row_stats for both")
+        # The maximum is the logit at its index: one more target.
+        column, g_column = argmax[:, None], g_max[:, None]
+        if target is not None and g_target is not None:
+            column, g_column = torch.cat([target, column], 1), torch.cat([g_target, g_column], 1)
+        target, g_target = column, g_column
     mask = ctx.needs_input_grad[:3]
     none = (None,) * 6
     if all(g is None for g in (g_lse, g_target, g_sum, g_mean)):
         return (None, None, None, *none)
+    if g_mean is not None and not ctx.has_lse:
+        raise RuntimeError("the gradient of mean_logit needs lse: ask row_stats for both")
     dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
         x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean, *ctx.plan, mask
     )
     return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
+
+
+def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError("lce_inductor has no second derivatives; torch.compile has none either")
 
 
 for _name, _real, _fake in (
@@ -202,5 +220,7 @@ for _name, _real, _fake in (
     _lib.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lce_inductor::{_name}", _fake, lib=_lib)
 torch.library.register_autograd("lce_inductor::row_stats", _backward, setup_context=_setup_context, lib=_lib)
+for _name in ("row_stats_backward", "row_stats_with_grad"):
+    torch.library.register_autograd(f"lce_inductor::{_name}", _no_second_derivative, lib=_lib)
 _lib.impl("head_stats", composite.head_stats, "CompositeImplicitAutograd")
 _lib.impl("cross_entropy", composite.cross_entropy, "CompositeImplicitAutograd")

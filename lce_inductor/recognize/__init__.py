@@ -1,7 +1,7 @@
 """Recognise: find linear -> row statistic heads in a torch-level or aten graph and rewrite them.
 
 values (what is known of a node) -> canon (one name per operation) -> forms + rules_* (the abstract
-interpretation) -> walk (graph -> plan) -> effects (where may the plan's nodes stand?) -> rewrite (plan -> graph).
+interpretation) -> walk (graph -> plan) -> place (where may the plan's nodes stand?) -> rewrite (plan -> graph).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..ops import schema  # noqa: F401  (registers the ops)
 from ..reasons import Refusal
 from . import rewrite
 from .effects import Effects
+from .place import place
 from .walk import HeadPlan, decide
 
 
@@ -29,7 +31,7 @@ def recognize(graph: Graph, config: Config) -> list[HeadPlan]:
         for plan in plans:
             if plan.refusal is not None:
                 continue
-            placed = rewrite.place(walk, plan)
+            placed = place(walk, plan)
             if isinstance(placed, Refusal):
                 plan.refusal = placed
                 continue

@@ -48,6 +48,31 @@ _PARAMS: dict[str, tuple[str, ...]] = {
     "select": ("input", "dim", "index"),
     "narrow": ("input", "dim", "start", "length"),
     "log_softmax": ("input", "dim", "dtype"),
+    "softmax": ("input", "dim", "dtype"),
+    "logsumexp": ("input", "dim", "keepdim"),
+    "max": ("input", "dim", "keepdim"),
+    "amax": ("input", "dim", "keepdim"),
+    "argmax": ("input", "dim", "keepdim"),
+    "sum": ("input", "dim", "keepdim", "dtype"),
+    "mean": ("input", "dim", "keepdim", "dtype"),
+    "gather": ("input", "dim", "index", "sparse_grad"),
+    "take_along_dim": ("input", "index", "dim"),
+    "index_select": ("input", "dim", "index"),
+    "one_hot": ("input", "num_classes"),
+    "masked_fill": ("input", "mask", "value"),
+    "split": ("input", "split_size", "dim"),
+    "chunk": ("input", "chunks", "dim"),
+    "unbind": ("input", "dim"),
+    "unflatten": ("input", "dim", "*sizes"),
+    "stack": ("tensors", "dim"),
+    "movedim": ("input", "source", "destination"),
+    "mul": ("input", "other"),
+    "div": ("input", "other"),
+    "add": ("input", "other"),
+    "sub": ("input", "other"),
+    "rsub": ("input", "other"),
+    "pow": ("input", "exponent"),
+    "scatter": ("input", "dim", "index", "src"),
     "nll_loss": ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
     "cross_entropy": (
         "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
@@ -82,6 +107,29 @@ _ALIASES = {
     "nll_loss_nd": "nll_loss",
     "cross_entropy_loss": "cross_entropy",
     "__getitem__": "getitem",
+    "_softmax": "softmax",
+    "special_log_softmax": "log_softmax",
+    "special_softmax": "softmax",
+    "special_logsumexp": "logsumexp",
+    "moveaxis": "movedim",
+    "multiply": "mul",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "truediv": "div",
+    "__truediv__": "div",
+    "__add__": "add",
+    "__radd__": "add",
+    "__sub__": "sub",
+    "__rsub__": "rsub",
+    "subtract": "sub",
+    "negative": "neg",
+    "__neg__": "neg",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "adjoint": "t",
+    "_get_data_attr": "detach",
     "numpy_T": "t",
 }
 
@@ -94,11 +142,24 @@ _FUNCTIONS: dict[Any, str] = {
     F.log_softmax: "log_softmax",
 }
 
+# Keywords that do not bear the parameter's name.
+_KEYWORDS: dict[str, dict[str, str]] = {
+    "take_along_dim": {"indices": "index"},
+    "split": {"split_size_or_sections": "split_size"},
+    **{name: {"axis": "dim"} for name in ("max", "amax", "argmax", "sum", "mean", "softmax", "log_softmax")},
+}
+
 _REDUCTIONS = ("none", "mean", "sum")
 
 
 def _name(text: str) -> str:
     return _ALIASES.get(text, text)
+
+
+def _params(name: str) -> tuple[str, ...]:
+    """Parameters of an operation; an in-place spelling (div_, iadd) has those of the other."""
+    plain = name[1:] if name in ("iadd", "isub", "imul", "itruediv") else name.rstrip("_")
+    return _PARAMS.get(name) or _PARAMS.get(_name(plain)) or ("input", "*rest")
 
 
 def _bind(name: str, node: Node, params: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -114,7 +175,7 @@ def _bind(name: str, node: Node, params: tuple[str, ...], args: tuple[Any, ...],
         if i < len(args):
             bound[param] = args[i]
     for key, value in kwargs.items():
-        key = "input" if key == "self" else key
+        key = _KEYWORDS.get(name, {}).get(key, "input" if key == "self" else key)
         bound[key] = tuple(value) if isinstance(value, list) else value
     return Call(name, node, bound)
 
@@ -123,18 +184,19 @@ def canonical(node: Node) -> Call | None:
     """The canonical call of a node, or None for placeholders, outputs and modules without a meaning here."""
     if node.op == "call_method":
         name = _name(str(node.target))
-        return _bind(name, node, _PARAMS.get(name, ("input", "*rest")), node.args, dict(node.kwargs))
+        return _bind(name, node, _params(name), node.args, dict(node.kwargs))
     if node.op == "call_module":
         return _module_call(node)
     if node.op != "call_function":
         return None
     target = node.target
     if target is getattr and len(node.args) == 2 and isinstance(node.args[1], str):
-        return Call("t" if node.args[1] in ("T", "mT") else "attribute", node, {"input": node.args[0]})
+        attribute = {"T": "t", "mT": "t", "H": "t", "mH": "t", "data": "detach"}.get(node.args[1], "attribute")
+        return Call(attribute, node, {"input": node.args[0]})
     if isinstance(target, torch._ops.OpOverload):
         return _aten_call(node, target)
     name = _FUNCTIONS.get(target) or _name(getattr(target, "__name__", str(target)))
-    return _bind(name, node, _PARAMS.get(name, ("input", "*rest")), node.args, dict(node.kwargs))
+    return _bind(name, node, _params(name), node.args, dict(node.kwargs))
 
 
 def _aten_call(node: Node, target: torch._ops.OpOverload) -> Call:
@@ -145,7 +207,7 @@ def _aten_call(node: Node, target: torch._ops.OpOverload) -> Call:
     call = _bind(name, node, params, node.args, dict(node.kwargs))
     if isinstance(call.get("reduction"), int):
         call.args["reduction"] = _REDUCTIONS[call.args["reduction"]]
-    if name == "log_softmax":  # the third argument of aten::_log_softmax is half_to_float, not a dtype
+    if str(target._schema.name) in ("aten::_log_softmax", "aten::_softmax"):  # the third argument is half_to_float
         call.args.pop("dtype", None)
     return call
 

@@ -100,6 +100,13 @@ class Effects:
                 return True
         return False
 
+    def same_memory(self, a: Node, b: Node) -> bool:
+        """Do two values certainly live in the same memory?"""
+        first, second = info(a), info(b)
+        return a is b or (
+            first is not None and second is not None and first.storage is not None and first.storage == second.storage
+        )
+
     def changed_between(self, value: Node, after: Node, before: Node) -> Node | None:
         """The first in-place change of `value` strictly between two nodes."""
         low, high = self.order[after], self.order[before]

@@ -13,7 +13,7 @@ from ..reasons import Refusal
 from .canon import Attr, Call
 
 if TYPE_CHECKING:
-    from .rewrite import Emitter
+    from .emit import Emitter
     from .walk import Walk
 
 Ref = Union[Node, Attr]
@@ -56,13 +56,30 @@ class RowOp:
 
 
 @dataclasses.dataclass(frozen=True)
+class Edit:
+    """A change of every logit, in the order in which the graph makes them (see edits.fold):
+
+    number steps of an epilogue   ("mul", 0.5) ("div", 30.0) ("add", 5.0) ("tanh",) ("sigmoid",) ("rsqrt_cap", A, K)
+    a tensor for every class      ("bias", ref [V])  ("class_scale", ref [V])  ("mask", ref [V] bool -> fill)
+    a tensor for all classes      ("scale", ref [])  ("inverse_scale", ref [])
+    classes that are kept         ("classes", start, stop)
+    classes set to a number       ("fill", start, stop, value)
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassMap:
-    """A tensor that is `f(rows(linear(x)))` class by class, up to an offset per row:
+    """A tensor that follows class by class from the logits of some rows:
 
-        value = epilogue(Z[rows])                  kind "logits"
-        value = epilogue(Z[rows]) - lse            kind "log_probs"
+        value = coef * (y - [normalized] lse(y) + offset)          y = edits(Z[rows])
+        value = exp(y - [normalized] lse(y) + offset)              if exp
 
-    class_dim: where the class dimension is in the node's own shape. `detached`: no gradient flows through it.
+    class_dim: where the class dimension is in the node's own shape. offset: (sign, tensor with class dimension 1,
+    whether its logarithm is meant).
+    detached: no gradient flows through it.
     """
 
     head: Head
@@ -70,7 +87,11 @@ class ClassMap:
     class_dim: int
     ndim: int
     dtype: torch.dtype
-    kind: str = "logits"
+    edits: tuple[Edit, ...] = ()
+    coef: float = 1.0
+    normalized: bool = False
+    offset: tuple[tuple[int, Node, bool], ...] = ()
+    exp: bool = False
     detached: bool = False
 
     def with_(self, **changes: Any) -> ClassMap:
@@ -80,15 +101,98 @@ class ClassMap:
     def class_last(self) -> bool:
         return self.class_dim == self.ndim - 1
 
+    @property
+    def plain(self) -> bool:
+        """The logits themselves, edits apart."""
+        return not (self.exp or self.normalized or self.offset) and self.coef == 1.0
+
+    @property
+    def source(self) -> Any:
+        """Equal for two forms that see the same logits of the same rows."""
+        return (self.head, self.rows, self.edits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Elementwise product of two forms of the same logits, waiting for its sum: probabilities times (log-)logits."""
+
+    probs: ClassMap
+    values: ClassMap
+    coef: float
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> Head:
+        return self.values.head
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHot:
+    """`coef * one_hot(index) + shift`, shaped like `like`: soft targets made of class indices. Without an index it
+    is the constant `shift`."""
+
+    like: ClassMap
+    index: Node | None = None
+    column: tuple[int, int] | None = None
+    coef: float = 0.0
+    shift: float = 0.0
+
+    @property
+    def head(self) -> Head:
+        return self.like.head
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHotProduct:
+    """A form times a OneHot, waiting for its sum."""
+
+    values: ClassMap
+    hot: OneHot
+    coef: float
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> Head:
+        return self.values.head
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared:
+    """z * z, + shift, and its rsqrt: the inside of `a * z * rsqrt(z * z + k)`."""
+
+    base: ClassMap
+    shift: float = 0.0
+    rsqrt: bool = False
+
+    @property
+    def head(self) -> Head:
+        return self.base.head
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Several forms in one value: the tuple of a split, or a stack along a new dimension `dim`."""
+
+    items: tuple[ClassMap, ...]
+    dim: int | None
+
+    @property
+    def head(self) -> Head:
+        return self.items[0].head
+
+
+Form = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Parts]
+
 
 @dataclasses.dataclass(frozen=True)
 class Want:
-    """A statistic that a terminal needs: a bit of ops.schema; for TARGET the index per row and the value of it
-    that means "no target", for SUM the class weights."""
+    """A statistic that a terminal needs: a bit of ops.types; for TARGET the index per row and the value of it
+    that means "no target", for SUM the class weights. `column`: which of several indices along the class dim."""
 
     bit: int
     operand: Ref | None = None
     ignore_index: int | None = None
+    column: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +209,8 @@ class Terminal:
     emit: Callable[[Emitter], Any]
 
 
-Outcome = Union[ClassMap, Terminal, Refusal, None]
-Rule = Callable[["Walk", Call, ClassMap], Outcome]
+Outcome = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Parts, Terminal, Refusal, None]
+Rule = Callable[["Walk", Call, Any], Outcome]
 
 RULES: dict[str, Rule] = {}
 

@@ -8,7 +8,6 @@ Before:                                              After:
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
@@ -17,14 +16,18 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..ops.types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET
-from ..reasons import Refusal, refuse
-from .canon import Attr
-from .forms import CLASSES, Ref, RowOp, Terminal, Want
+from .edits import fold
+from .emit import PROVENANCE, Emitter, materialize, replay
+from .forms import ClassMap, Edit, Ref, Want
+from .place import Group, selecting
+from .rules_elementwise import num_classes
 from .rules_head import ref_info
+from .rules_reduce import item
 from .walk import HeadPlan, Walk
 
 _STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, MEAN: 3, MAX: 4, ARGMAX: 5}
 aten = torch.ops.aten
+ops = torch.ops.lce_inductor
 
 
 class Backup:
@@ -45,57 +48,6 @@ class Backup:
         end.meta = dict(self.out_meta)
 
 
-@dataclasses.dataclass
-class Group:
-    """Terminals of one head that read the same rows: one head_stats serves them all."""
-
-    rows: tuple[RowOp, ...]
-    class_weight: Ref | None
-    terminals: list[Terminal]
-    anchor: Node | None = None
-    moved: list[Node] = dataclasses.field(default_factory=list)
-
-
-def selecting(rows: tuple[RowOp, ...]) -> tuple[RowOp, ...]:
-    """The row operations up to the last one that changes which rows there are."""
-    last = max((i for i, op in enumerate(rows) if op.selects), default=-1)
-    return rows[: last + 1]
-
-
-def place(walk: Walk, plan: HeadPlan) -> list[Group] | Refusal:
-    """Group a head's terminals and find where their statistics can be computed.
-
-    Right after the linear is best: x and the weight have the values, and the grad mode is the one, that the
-    linear saw. If a target can't be brought there, right before the first loss, where everything is at hand.
-    """
-    groups: dict[Any, Group] = {}
-    for terminal in plan.terminals:
-        weights = [w.operand for w in terminal.wants if w.bit == SUM]
-        key = (selecting(terminal.form.rows), weights[0] if weights else None)
-        groups.setdefault(key, Group(*key, [])).terminals.append(terminal)
-    head, effects = plan.head, walk.effects
-    for group in groups.values():
-        uses = [(ref, t.node) for t in group.terminals for ref in _operands(group, t) if isinstance(ref, Node)]
-        moved = effects.movable_up(uses, head.node)
-        if moved is not None:
-            group.moved = moved
-            continue
-        first = min((t.node for t in group.terminals), key=effects.order.__getitem__)
-        uses += [(ref, head.node) for ref in (head.x, head.weight, head.bias) if isinstance(ref, Node)]
-        if effects.grad_off(first) != effects.grad_off(head.node) or not effects.readable_at(uses, first):
-            return refuse("order", first)
-        group.anchor = first
-    return list(groups.values())
-
-
-def _operands(group: Group, terminal: Terminal) -> list[Any]:
-    wanted = [w.operand for w in terminal.wants if w.operand is not None]
-    row_args: list[Node] = []
-    for op in group.rows:
-        torch.fx.map_arg(op.args, row_args.append)
-    return wanted + row_args
-
-
 def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, replaced: dict[Node, Node]) -> list[Node]:
     """Rewrite one head. Returns the nodes that now compute its statistics; `replaced` learns old -> new."""
     graph, made = walk.graph, []
@@ -109,142 +61,211 @@ def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, repla
         else:
             point = group.anchor
         with graph.inserting_before(point):
-            stats, columns = _write_stats(graph, plan, group, config, replaced)
+            writer = _Head(graph, plan, group.edits, replaced)
+            stats, columns = _write_stats(writer, group, config)
         made.append(stats)
         if group.anchor is None:
             cursor = point.prev
         for terminal in group.terminals:
             with graph.inserting_before(terminal.node):
-                emitter = Emitter(graph, terminal, columns, _num_classes(graph, plan), replaced)
+                classes = _num_classes(writer, terminal.form)
+                emitter = Emitter(graph, terminal, columns, len(group.rows), classes, replaced)
                 _replace(terminal.node, terminal.emit(emitter), replaced)
+    if config.returned_logits == "defer":
+        _defer(walk, plan, replaced)
     erase_cone(walk, plan)
     return made
 
 
 def _replace(node: Node, new: Any, replaced: dict[Node, Node]) -> None:
-    graph = node.graph
     if isinstance(new, tuple):
         for user in list(node.users):
-            assert user.target is operator.getitem
-            _replace(user, new[user.args[1]], replaced)  # type: ignore[index]
+            _replace(user, new[item(user)], replaced)
     else:
         node.replace_all_uses_with(new)
         replaced[node] = new
-    graph.erase_node(node)
+    node.graph.erase_node(node)
 
 
 def erase_cone(walk: Walk, plan: HeadPlan) -> None:
     """Erase what nobody reads any more of the head's own nodes, and only those: in-place calls without users,
-    which graph.eliminate_dead_code() would drop, have to stay."""
-    mine = [n for n, f in walk.forms.items() if f.head is plan.head]
-    for node in reversed(mine):
-        if not node.users and node.graph is walk.graph and node not in plan.returned:
+    which graph.eliminate_dead_code() would drop, have to stay unless it was the logits that they wrote to."""
+    kept = any(walk.form(arg) is not None for n in walk.graph.nodes if n.op == "output" for arg in n.all_input_nodes)
+    mine = [n for n, f in walk.forms.items() if f.head is plan.head] + ([] if kept else plan.writes)
+    for node in sorted(mine, key=walk.effects.order.__getitem__, reverse=True):
+        if not node.users and not node._erased and not (kept and node in plan.writes):
             walk.graph.erase_node(node)
-            del walk.forms[node]
+            walk.forms.pop(node, None)
     weight = plan.head.weight
     if isinstance(weight, Node) and not weight.users and weight.op == "call_function":
         walk.graph.erase_node(weight)
 
 
-def _num_classes(graph: Graph, plan: HeadPlan) -> Any:
-    size = plan.head.num_classes
-    if isinstance(size, int):
-        return size
-    return graph.call_function(aten.sym_size.int, (materialize(graph, plan.head.weight), int(plan.head.transposed)))
+class _Head:
+    """Writes x, weight and bias of a head after the edits that go into them, at the graph's insertion point."""
 
+    def __init__(self, graph: Graph, plan: HeadPlan, edits: tuple[Edit, ...], replaced: dict[Node, Node]) -> None:
+        self.graph, self.plan, self.replaced = graph, plan, replaced
+        head = plan.head
+        folded = fold(edits)
+        assert folded is not None
+        self.steps = folded.steps
+        self.x, self.weight, self.bias = self._own(head.x), self._own(head.weight, head.transposed), None
+        if head.bias is not None:
+            self.bias = self._own(head.bias)
+        for edit, factor in folded.tensor:
+            self._edit(edit, factor)
+        if folded.classes is not None:
+            start, stop = folded.classes
+            self.weight = self.call(aten.slice.Tensor, self.weight, 0, start, stop)
+            if self.bias is not None:
+                self.bias = self.call(aten.slice.Tensor, self.bias, 0, start, stop)
 
-def _write_stats(
-    graph: Graph, plan: HeadPlan, group: Group, config: Config, replaced: dict[Node, Node]
-) -> tuple[Node, dict[Want, Node]]:
-    """The head_stats call of a group, and the node of each wanted statistic."""
-    head = plan.head
-
-    def call(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta = {k: v for k, v in head.node.meta.items() if k in _PROVENANCE}
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in self.plan.head.node.meta.items() if k in PROVENANCE}
         return node
 
-    def operand(ref: Ref | None, transpose: bool = False) -> Node | None:
+    def ref(self, value: Any) -> Any:
+        return materialize(self.graph, value, self.replaced)
+
+    def _own(self, ref: Ref, transpose: bool = False) -> Node:
         """x, weight or bias in the dtype in which the linear ran: under autocast that is not their own."""
-        if ref is None:
-            return None
-        node = materialize(graph, replaced.get(ref, ref) if isinstance(ref, Node) else ref)
-        known = ref_info(head.node, ref)
+        node = self.ref(ref)
+        known = ref_info(self.plan.head.node, ref)
         if transpose:
-            node = call(aten.t.default, node)
-        if known is not None and known.dtype != head.dtype:
-            node = call(aten.to.dtype, node, head.dtype)
+            node = self.call(aten.t.default, node)
+        if known is not None and known.dtype != self.plan.head.dtype:
+            node = self.call(aten.to.dtype, node, self.plan.head.dtype)
         return node
 
-    x, weight, bias = operand(head.x), operand(head.weight, head.transposed), operand(head.bias)
-    assert x is not None
+    def _edit(self, edit: Edit, factor: float) -> None:
+        value = self.ref(edit.args[0]) if edit.name != "fill" else None
+        if edit.name == "bias":
+            added = self.call(aten.reshape.default, value, [-1])
+            if factor != 1.0:
+                added = self.call(aten.div.Tensor, added, factor)
+            self._add_bias(added, edit.args[1] if len(edit.args) > 1 else 1)
+        elif edit.name == "mask":
+            mask = self.call(aten.reshape.default, value, [-1])
+            self._add_bias(self._where(mask, edit.args[1]))
+        elif edit.name == "fill":
+            start, stop, number = edit.args
+            classes = self.call(aten.arange.default, self.num_classes(), device=self._device())
+            low, high = self.call(aten.ge.Scalar, classes, start), self.call(aten.lt.Scalar, classes, stop)
+            self._add_bias(self._where(self.call(aten.logical_and.default, low, high), number))
+        elif edit.name == "class_scale":
+            scale = self.call(aten.reshape.default, value, [-1])
+            self.weight = self._times(self.weight, self.call(aten.unsqueeze.default, scale, 1))
+            self.bias = None if self.bias is None else self._times(self.bias, scale)
+        else:
+            scale = self.call(aten.reshape.default, value, [])
+            if edit.name == "inverse_scale":
+                scale = self.call(aten.reciprocal.default, scale)
+            self.x = self._times(self.x, scale)
+            self.bias = None if self.bias is None else self._times(self.bias, scale)
+
+    def _times(self, node: Node, scale: Node) -> Node:
+        """The product, back in the dtype of the linear."""
+        return self.call(aten.to.dtype, self.call(aten.mul.Tensor, node, scale), self.plan.head.dtype)
+
+    def _where(self, mask: Node, number: float) -> Node:
+        return self.call(
+            aten.where.ScalarOther, mask, self.call(aten.full.default, [], number, device=self._device()), 0.0
+        )
+
+    def _add_bias(self, added: Node, sign: int = 1) -> None:
+        if self.bias is None:
+            self.bias = added if sign > 0 else self.call(aten.neg.default, added)
+        else:
+            self.bias = self.call(aten.add.Tensor if sign > 0 else aten.sub.Tensor, self.bias, added)
+
+    def _device(self) -> Any:
+        value = self.plan.head.node.meta.get("example_value", self.plan.head.node.meta.get("val"))
+        return getattr(value, "device", None)
+
+    def num_classes(self) -> Any:
+        size = self.plan.head.num_classes
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, self.weight, 0)
+
+
+def _num_classes(writer: _Head, form: ClassMap) -> Any:
+    size = num_classes(form)
+    return size if isinstance(size, int) else writer.num_classes()
+
+
+def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dict[Want, Node]]:
+    """The head_stats call of a group, and the node of each wanted statistic."""
+    graph, head = writer.graph, writer.plan.head
+    x = writer.x
     known_x = ref_info(head.node, head.x)
     hidden = known_x.shape[-1] if known_x is not None else None
     if group.rows and not isinstance(hidden, int):
-        hidden = graph.call_function(aten.sym_size.int, (x, -1))
+        hidden = writer.call(aten.sym_size.int, x, -1)
     for op in group.rows:
         x = replay(graph, op, x, hidden)
+    where = group.target_columns()
+    count = max(where.values(), default=-1) + 1
+    targets: list[Any] = [None] * count
+    ignored = [NO_TARGET] * count
+    for terminal in group.terminals:
+        rest = selecting(group.rest(terminal))
+        for want in dict.fromkeys(w for w in terminal.wants if w.bit == TARGET):
+            column = where[want]
+            target = _target(writer, want)
+            if not rest:
+                targets[column] = target
+                ignored[column] = NO_TARGET if want.ignore_index is None else want.ignore_index
+                continue
+            if targets[column] is None:
+                row = writer.call(aten.select.int, x, -1, 0)
+                targets[column] = writer.call(aten.full_like.default, row, NO_TARGET, dtype=torch.int64)
+            _write_through(writer, targets[column], rest, target, want)
     wants = list(dict.fromkeys(w for t in group.terminals for w in t.wants))
     bits = 0
     for want in wants:
         bits |= want.bit
-    targets = [w for w in wants if w.bit == TARGET]
-    stats = call(
-        torch.ops.lce_inductor.head_stats.default, x, weight, bias,
-        [materialize(graph, replaced.get(w.operand, w.operand)) for w in targets],  # type: ignore[arg-type]
-        [NO_TARGET if w.ignore_index is None else w.ignore_index for w in targets],
-        materialize(graph, group.class_weight), "", bits, config.chunk_tokens or 0, config.workspace_bytes,
+    # A maximum is differentiated as the logit at its index.
+    bits |= ARGMAX if bits & MAX else 0
+    stats = writer.call(
+        ops.head_stats.default, x, writer.weight, writer.bias, targets, ignored, writer.ref(group.class_weight),
+        writer.steps, bits, config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
     parts: dict[int, Node] = {}
     columns: dict[Want, Node] = {}
     for want in wants:
         part = parts.get(want.bit)
         if part is None:
-            part = parts[want.bit] = call(operator.getitem, stats, _STAT_INDEX[want.bit])
-        columns[want] = call(aten.select.int, part, -1, targets.index(want)) if want.bit == TARGET else part
+            part = parts[want.bit] = writer.call(operator.getitem, stats, _STAT_INDEX[want.bit])
+        columns[want] = writer.call(aten.select.int, part, -1, where[want]) if want.bit == TARGET else part
     return stats, columns
 
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
-
-
-class Emitter:
-    """Writes the replacement of one terminal, right before it."""
-
-    def __init__(
-        self, graph: Graph, terminal: Terminal, columns: dict[Want, Node], num_classes: Any, replaced: dict[Node, Node]
-    ) -> None:
-        self.graph, self.terminal, self.num_classes = graph, terminal, num_classes
-        self._columns, self._replaced = columns, replaced
-
-    def stat(self, want: Want) -> Node:
-        node = self._columns[want]
-        return self.call(aten.detach.default, node) if self.terminal.form.detached else node
-
-    def ref(self, value: Ref | None) -> Any:
-        return materialize(self.graph, self._replaced.get(value, value) if isinstance(value, Node) else value)
-
-    def call(self, target: Any, *args: Any, like: Node | None = None) -> Node:
-        node = self.graph.call_function(target, args)
-        keep = _PROVENANCE if like is None else (*_PROVENANCE, "example_value", "val", "tensor_meta")
-        node.meta = {k: v for k, v in (like or self.terminal.node).meta.items() if k in keep}
+def _target(writer: _Head, want: Want) -> Node:
+    """The index of a want, one per row."""
+    node = writer.ref(want.operand)
+    if want.column is None:
         return node
-
-    def op(self, name: str, *args: Any, like: Node | None = None) -> Node:
-        return self.call(getattr(torch.ops.lce_inductor, name).default, *args, like=like)
-
-
-def materialize(graph: Graph, value: Any) -> Any:
-    """An Attr becomes a get_attr node; everything else is itself."""
-    return graph.get_attr(value.path) if isinstance(value, Attr) else value
+    dim, column = want.column
+    if dim >= 0:
+        return writer.call(aten.select.int, node, dim, column)
+    # z[arange, index] counts negative indices from the end.
+    wrapped = writer.call(aten.add.Tensor, node, writer.num_classes())
+    return writer.call(aten.where.self, writer.call(aten.lt.Scalar, node, 0), wrapped, node)
 
 
-def replay(graph: Graph, op: RowOp, value: Node, classes: Any) -> Node:
-    """Apply a row operation to a tensor whose last dimension, in the class dimension's place, has size `classes`."""
-    if op.name == "getitem":
-        return graph.call_function(operator.getitem, (value, op.args[0]))
-    args = tuple(classes if a is CLASSES else a for a in op.args)
-    if op.name in ("reshape", "permute"):
-        return graph.call_function(getattr(aten, op.name).default, (value, list(args)))
-    overload = {"flatten": aten.flatten.using_ints, "unsqueeze": aten.unsqueeze.default, "squeeze": aten.squeeze.dim}
-    return graph.call_function(overload[op.name], (value, *args))
+def _write_through(writer: _Head, column: Node, rest: Any, target: Node, want: Want) -> None:
+    """Put the targets of some rows into a column that has none elsewhere."""
+    view = writer.call(aten.unsqueeze.default, column, -1)
+    for op in rest:
+        view = replay(writer.graph, op, view, 1)
+    view = writer.call(aten.squeeze.dim, view, -1)
+    if want.ignore_index is not None:
+        none = writer.call(aten.full_like.default, target, NO_TARGET, dtype=torch.int64)
+        hidden = writer.call(aten.eq.Scalar, target, want.ignore_index)
+        target = writer.call(aten.where.self, hidden, none, target)
+    writer.call(aten.copy_.default, view, writer.call(aten.view_as.default, target, view))
+
+
+def _defer(walk: Walk, plan: HeadPlan, replaced: dict[Node, Node]) -> None:
+    """Returned logits become DeferredLogits, if what is returned is the logits and not something made of them."""

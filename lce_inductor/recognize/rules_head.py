@@ -22,7 +22,7 @@ def head_of(call: Call) -> ClassMap | None:
     """The form of a product that may be a head, or None."""
     found = {"linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum}.get(call.name)
     out = info(call.node)
-    if found is None or out is None or len(out.shape) < 2 or not out.plain or out.dtype not in DTYPES:
+    if found is None or out is None or len(out.shape) < 1 or not out.plain or out.dtype not in DTYPES:
         return None
     parts = found(call, out)
     if parts is None:
@@ -31,8 +31,9 @@ def head_of(call: Call) -> ClassMap | None:
     if not all(_plain(call.node, ref) for ref in (x, weight, bias) if ref is not None):
         return None
     weight, transposed = _peel_transpose(weight, transposed)
-    head = Head(call.node, x, weight, transposed, bias, out.dtype, out.shape[-1])
-    return ClassMap(head, (), len(out.shape) - 1, len(out.shape), out.dtype)
+    class_dim = _class_dim(call, len(out.shape))
+    head = Head(call.node, x, weight, transposed, bias, out.dtype, out.shape[class_dim])
+    return ClassMap(head, (), class_dim, len(out.shape), out.dtype)
 
 
 _Parts = tuple[Ref, Ref, bool, "Ref | None"]
@@ -82,17 +83,33 @@ def _addmm(call: Call, out: Info) -> _Parts | None:
 
 
 def _einsum(call: Call, out: Info) -> _Parts | None:
+    """'bth,vh->btv' and '...h,hv->...v': rows in order, hidden last in x, classes anywhere in the result."""
     operands = call.get("operands", ())
-    equation = re.sub(r"\s", "", call.get("equation") or "")
-    match = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]{2})->([a-zA-Z]+)", equation)
+    equation = re.sub(r"\s", "", call.get("equation") or "").replace("...", ".")
+    match = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]{2})->([a-zA-Z.]+)", equation)
     if match is None or len(operands) != 2 or info(operands[1]) is None:
         return None
     first, second, result = match.groups()
     hidden = first[-1]
     classes = second.replace(hidden, "", 1)
-    if hidden not in second or len(set(first)) != len(first) or result != first[:-1] + classes or classes in first:
+    if hidden == "." or hidden not in second or len(set(first)) != len(first) or classes in first:
+        return None
+    if result.replace(classes, "", 1) != first[:-1] or result.count(classes) != 1:
         return None
     return operands[0], operands[1], second[0] == hidden, None
+
+
+def _class_dim(call: Call, ndim: int) -> int:
+    """Where the classes are in the result; last for everything but an einsum that says otherwise."""
+    if call.name != "einsum":
+        return ndim - 1
+    left, result = re.sub(r"\s", "", call.get("equation")).replace("...", ".").split("->")
+    classes = next(c for c in left.split(",")[1] if c in result)
+    after = result[result.index(classes) + 1 :]
+    # What stands for "..." is before the classes or after them; the rest counts one each.
+    if "." in after:
+        return result.index(classes)
+    return ndim - 1 - len(after)
 
 
 def _peel_transpose(weight: Ref, transposed: bool) -> tuple[Ref, bool]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 from torch.nn import _reduction
 
 from ..ops.types import LSE, SUM, TARGET
 from ..reasons import refuse
 from .canon import Attr, Call
+from .emit import Emitter
 from .forms import ClassMap, Outcome, Terminal, Want, rule
 from .rules_head import ref_info
 from .values import info
@@ -21,24 +23,14 @@ if TYPE_CHECKING:
     from .walk import Walk
 
 
-@rule("log_softmax")
-def log_softmax(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    dim, out = call.get("dim"), info(call.node)
-    if form.kind != "logits" or out is None:
-        return None
-    if not isinstance(dim, int) or dim % form.ndim != form.class_dim:
-        return refuse("class-dim", call.node)
-    return form.with_(kind="log_probs", dtype=out.dtype)
-
-
 @rule("cross_entropy", "nll_loss")
-def cross_entropy(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+def cross_entropy(walk: Walk, call: Call, form: Any) -> Outcome:
     """Both are one formula of the statistics: the loss of log-probabilities does not change if they are
     normalised once more."""
     node = call.node
-    if call.name == "nll_loss" and form.kind != "log_probs":
+    if not isinstance(form, ClassMap) or walk.form(call.get("input")) is not form or form.exp or form.coef != 1.0:
         return None
-    if call.get("input") is None or walk.form(call.get("input")) is not form:
+    if call.name == "nll_loss" and (not form.normalized or form.offset):
         return None
     # torch takes the class dimension second, or first for a single row without a batch dimension.
     if form.class_dim != (1 if form.ndim > 1 else 0):
@@ -63,15 +55,21 @@ def cross_entropy(walk: Walk, call: Call, form: ClassMap) -> Outcome:
     wants = [Want(LSE), Want(TARGET, target, ignore_index)]
     if smoothing > 0:
         wants.append(Want(SUM, weight))
-    out = node if info(node) is not None else next((u for u in node.users if info(u) is not None), None)
-    dtype = form.dtype if out is None else info(out).dtype  # type: ignore[union-attr]
+    # aten::nll_loss_forward gives (loss, total weight); nobody but its own backward reads the second.
+    pair = call.node.target is torch.ops.aten.nll_loss_forward.default
+    if pair and any(u.args[1] != 0 and u.users for u in node.users):
+        return None
+    out = next((u for u in node.users if u.args[1] == 0), None) if pair else node
+    out_info = info(out)
+    dtype = form.dtype if out_info is None else out_info.dtype
 
-    def emit(e: Any) -> Any:
+    def emit(e: Emitter) -> Any:
         args = (
-            e.stat(wants[0]), e.stat(wants[1]), e.stat(wants[2]) if smoothing > 0 else None, e.ref(target),
+            e.per_row(wants[0]), e.per_row(wants[1]), e.per_row(wants[2]) if smoothing > 0 else None, e.ref(target),
             e.ref(weight), reduction, ignore_index, float(smoothing), e.num_classes, dtype,
         )  # fmt: skip
-        return e.op("cross_entropy", *args, like=out)
+        loss = e.op("cross_entropy", *args, like=out)
+        return (loss, loss) if pair else loss
 
     return Terminal(node, form, tuple(wants), emit)
 

@@ -1,18 +1,24 @@
 """Rules for operations that leave every logit as it is: casts, copies, and moving rows about.
 
 logits.float()   logits.view(-1, V)   logits.flatten(0, 1)   logits[..., :-1, :]   logits.permute(0, 2, 1)
+logits[..., :V]   logits[mask]   logits.split(n)   torch.stack([logits_0, logits_1], 1)[:, 0]
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
 from ..reasons import refuse
 from .canon import Call
-from .forms import CLASSES, ClassMap, Outcome, RowOp, rule
+from .edits import fold
+from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Parts, Product, RowOp, rule
+from .rules_elementwise import num_classes
 from .rules_head import DTYPES
+from .rules_reduce import index_rows
 from .values import info, same
 
 if TYPE_CHECKING:
@@ -20,41 +26,48 @@ if TYPE_CHECKING:
 
 
 @rule("cast")
-def cast(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+def cast(walk: Walk, call: Call, form: Any) -> Outcome:
     out = info(call.node)
     if out is None or out.dtype not in DTYPES:
         return None
-    return form.with_(dtype=out.dtype)
+    if isinstance(form, OneHot):
+        return form
+    if not isinstance(form, (ClassMap, Product, OneHotProduct)):
+        return None
+    return dataclasses.replace(form, dtype=out.dtype)
 
 
 @rule("same")
-def same_values(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+def same_values(walk: Walk, call: Call, form: Any) -> Outcome:
     return form
 
 
 @rule("detach")
-def detach(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    return form.with_(detached=True)
+def detach(walk: Walk, call: Call, form: Any) -> Outcome:
+    return form.with_(detached=True) if isinstance(form, ClassMap) else None
 
 
-def _append(call: Call, form: ClassMap, op: RowOp, class_dim: int | None = None) -> ClassMap | None:
+def _append(call: Call, form: Any, op: RowOp) -> ClassMap | None:
+    """form with its rows moved by op; the class dimension stays last."""
     out = info(call.node)
-    if out is None:
+    if out is None or not isinstance(form, ClassMap) or form.offset or not form.class_last:
         return None
     ndim = len(out.shape)
-    where = ndim - 1 if class_dim is None else class_dim
-    if not same(out.shape[where], form.head.num_classes):
+    if ndim == 0 or not same(out.shape[-1], num_classes(form)):
         return None
-    return form.with_(rows=(*form.rows, op), ndim=ndim, class_dim=where)
+    return form.with_(rows=(*form.rows, op), ndim=ndim, class_dim=ndim - 1)
 
 
 @rule("reshape")
-def reshape(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+def reshape(walk: Walk, call: Call, form: Any) -> Outcome:
     """Row-major order is kept, so rows stay whole exactly when the last dimension still is the class dimension."""
     sizes = call.get("shape")
-    if not form.class_last or not sizes or any(not _size(s) for s in sizes):
-        return refuse("class-dim", call.node) if not form.class_last else None
-    return _append(call, form, RowOp("reshape", (*sizes[:-1], CLASSES)))
+    if isinstance(form, ClassMap) and not form.class_last:
+        return refuse("class-dim", call.node)
+    if not sizes or any(not _size(s) for s in sizes):
+        return None
+    moved = _append(call, form, RowOp("reshape", (*sizes[:-1], CLASSES)))
+    return refuse("class-dim", call.node) if moved is None and isinstance(form, ClassMap) else moved
 
 
 def _size(value: Any) -> bool:
@@ -62,44 +75,50 @@ def _size(value: Any) -> bool:
 
 
 @rule("flatten")
-def flatten(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+def flatten(walk: Walk, call: Call, form: Any) -> Outcome:
+    if not isinstance(form, ClassMap):
+        return None
     start = call.get("start_dim", 0) % form.ndim
     end = call.get("end_dim", -1) % form.ndim
-    if not form.class_last or end >= form.class_dim:
-        return None
-    return _append(call, form, RowOp("flatten", (start, end)))
+    return _append(call, form, RowOp("flatten", (start, end))) if end < form.class_dim else None
 
 
 @rule("unsqueeze")
-def unsqueeze(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    dim = call.get("dim")
-    dim = dim % (form.ndim + 1)
-    if not form.class_last or dim > form.class_dim:
+def unsqueeze(walk: Walk, call: Call, form: Any) -> Outcome:
+    if not isinstance(form, ClassMap):
         return None
-    return _append(call, form, RowOp("unsqueeze", (dim,)))
+    dim = call.get("dim") % (form.ndim + 1)
+    return _append(call, form, RowOp("unsqueeze", (dim,))) if dim <= form.class_dim else None
 
 
 @rule("squeeze")
-def squeeze(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    dim, before = call.get("dim"), info(call.get("input"))
-    if not isinstance(dim, int) or before is None or not form.class_last or dim % form.ndim == form.class_dim:
+def squeeze(walk: Walk, call: Call, form: Any) -> Outcome:
+    dim = call.get("dim")
+    if not isinstance(form, ClassMap) or not isinstance(dim, int) or dim % form.ndim == form.class_dim:
         return None
     return _append(call, form, RowOp("squeeze", (dim % form.ndim,)))
 
 
-@rule("permute", "transpose", "t")
-def permute(walk: Walk, call: Call, form: ClassMap) -> Outcome:
+@rule("permute", "transpose", "t", "movedim")
+def permute(walk: Walk, call: Call, form: Any) -> Outcome:
     """Split a permutation into one of the rows and a move of the class dimension."""
+    if not isinstance(form, ClassMap) or form.offset:
+        return None
     order = list(range(form.ndim))
     if call.name == "permute":
         dims = call.get("dims")
         if len(dims) != form.ndim or any(not isinstance(d, int) for d in dims):
             return None
         order = [d % form.ndim for d in dims]
-    elif call.name == "t":
-        if form.ndim != 2:
+    elif call.name == "t":  # of matrices: .T and t() of more dimensions are errors, or reverse them all
+        if form.ndim < 2 or (form.ndim > 2 and call.node.args[-1] not in ("mT", "mH")):
             return None
-        order.reverse()
+        order[-2:] = order[:-3:-1]
+    elif call.name == "movedim":
+        source, destination = call.get("source"), call.get("destination")
+        if not isinstance(source, int) or not isinstance(destination, int):
+            return None
+        order.insert(destination % form.ndim, order.pop(source % form.ndim))
     else:
         a, b = call.get("dim0") % form.ndim, call.get("dim1") % form.ndim
         order[a], order[b] = order[b], order[a]
@@ -113,47 +132,185 @@ def permute(walk: Walk, call: Call, form: ClassMap) -> Outcome:
 
 
 @rule("getitem")
-def getitem(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    """Row slices and indices; the class dimension has to stay whole."""
+def getitem(walk: Walk, call: Call, form: Any) -> Outcome:
+    """Slices and indices of rows, slices of classes, one class per row, and members of a stack or split."""
     key = call.get("key")
+    if isinstance(form, Parts):
+        return _member(call, form, key)
+    if not isinstance(form, ClassMap):
+        return None
     key = key if isinstance(key, tuple) else (key,)
-    if not form.class_last or any(not _index(k) for k in key):
+    if len(key) == 2 == form.ndim and all(info(k) is not None for k in key):
+        return index_rows(walk, call, form, key)
+    key = full_key(key, form.ndim)
+    if key is None or not form.class_last:
         return None
-    if Ellipsis in key:
-        at = key.index(Ellipsis)
-        missing = form.ndim - (len(key) - 1)
-        if missing < 0 or None in key or Ellipsis in key[at + 1 :]:
-            return None
-        key = (*key[:at], *[slice(None)] * missing, *key[at + 1 :])
-    if None in key or len(key) > form.ndim:
+    return take(call, form, key)
+
+
+def full_key(key: tuple[Any, ...], ndim: int) -> tuple[Any, ...] | None:
+    """key without Ellipsis, None where it holds something that is no plain slice or index."""
+    if any(not _index(k) for k in key):
         return None
-    if len(key) == form.ndim:
-        if key[-1] != slice(None):
-            return None
-        key = key[:-1]
-    if all(k == slice(None) for k in key):
-        return form
-    return _append(call, form, RowOp("getitem", (tuple(key),), selects=True))
+    at = [i for i, k in enumerate(key) if k is Ellipsis]
+    if len(at) > 1 or len(key) - len(at) > ndim:
+        return None
+    if at:
+        key = (*key[: at[0]], *[slice(None)] * (ndim - len(key) + 1), *key[at[0] + 1 :])
+    return key
 
 
 def _index(value: Any) -> bool:
     if isinstance(value, slice):
-        return all(v is None or isinstance(v, int) or _size(v) for v in (value.start, value.stop, value.step))
-    return value is Ellipsis or (isinstance(value, int) and not isinstance(value, bool))
+        return all(v is None or _size(v) for v in (value.start, value.stop, value.step))
+    return value is Ellipsis or _size(value) or _row_index(value)
+
+
+def _row_index(value: Any) -> bool:
+    """A tensor of row numbers or a mask of rows."""
+    known = info(value)
+    return known is not None and known.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8)
+
+
+def take(call: Call, form: ClassMap, key: tuple[Any, ...]) -> Outcome:
+    """form[key] for a key of slices and indices, the class dimension last."""
+    tensors = [known for k in key if (known := info(k)) is not None]
+    masked = any(t.dtype in (torch.bool, torch.uint8) for t in tensors)
+    if tensors:
+        first = [info(k) is not None for k in key[: len(tensors)]]
+        if not all(first) or any(k != slice(None) for k in key[len(tensors) :]) or (masked and len(tensors) > 1):
+            return None
+        # A mask takes as many dimensions as it has itself.
+        taken = len(tensors[0].shape) if masked else len(tensors)
+        if taken + len(key) - len(tensors) > form.ndim or taken >= form.ndim:
+            return None
+    if not masked and len(key) == form.ndim:
+        classes, key = key[-1], key[:-1]
+        if classes != slice(None):
+            kept = class_range(form, classes)
+            if kept is None:
+                return None
+            edits = (*form.edits, Edit("classes", kept))
+            if form.normalized or form.offset or fold(edits) is None:
+                return None
+            form = form.with_(edits=edits)
+    while key and key[-1] == slice(None):
+        key = key[:-1]
+    return _append(call, form, RowOp("getitem", (tuple(key),), selects=True)) if key else form
+
+
+def class_range(form: ClassMap, key: Any) -> tuple[int, int] | None:
+    """The classes [start, stop) that a slice keeps, if that can be told and leaves any."""
+    size = num_classes(form)
+    if not isinstance(key, slice) or not isinstance(size, int):
+        return None
+    if any(not (v is None or isinstance(v, int)) for v in (key.start, key.stop, key.step)):
+        return None
+    start, stop, step = key.indices(size)
+    return (start, stop) if step == 1 and start < stop else None
 
 
 @rule("slice")
-def slice_dim(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    dim = call.get("dim", 0) % form.ndim
+def slice_dim(walk: Walk, call: Call, form: Any) -> Outcome:
+    dim = call.get("dim", 0)
     bounds = slice(call.get("start"), call.get("end"), call.get("step", 1))
-    if not form.class_last or dim == form.class_dim or not _index(bounds):
-        return None
-    return _append(call, form, RowOp("getitem", ((*[slice(None)] * dim, bounds),), selects=True))
+    return _along(call, form, dim, bounds)
 
 
-@rule("select")
-def select(walk: Walk, call: Call, form: ClassMap) -> Outcome:
-    dim, index = call.get("dim"), call.get("index")
-    if not form.class_last or not isinstance(dim, int) or dim % form.ndim == form.class_dim or not _size(index):
+@rule("narrow")
+def narrow(walk: Walk, call: Call, form: Any) -> Outcome:
+    start, length = call.get("start"), call.get("length")
+    if not isinstance(start, int) or not isinstance(length, int):
         return None
-    return _append(call, form, RowOp("getitem", ((*[slice(None)] * (dim % form.ndim), index),), selects=True))
+    return _along(call, form, call.get("dim"), slice(start, start + length))
+
+
+@rule("select", "index_select")
+def select(walk: Walk, call: Call, form: Any) -> Outcome:
+    if call.name == "index_select" and call.get("dim") != 0:
+        return None
+    return _along(call, form, call.get("dim"), call.get("index"))
+
+
+def _along(call: Call, form: Any, dim: Any, key: Any) -> Outcome:
+    if not isinstance(form, ClassMap) or not isinstance(dim, int) or not form.class_last or not _index(key):
+        return None
+    return take(call, form, (*[slice(None)] * (dim % form.ndim), key))
+
+
+@rule("split", "chunk", "unbind")
+def split(walk: Walk, call: Call, form: Any) -> Outcome:
+    """A tuple of row ranges."""
+    pieces = call.node.meta.get("example_value", call.node.meta.get("val"))
+    dim = call.get("dim", 0)
+    if not isinstance(form, ClassMap) or not form.class_last or form.offset or not isinstance(pieces, (tuple, list)):
+        return None
+    dim = dim % form.ndim
+    if dim == form.class_dim:
+        return _class_split(call, form, pieces)
+    keys: list[Any] = list(range(len(pieces)))
+    if call.name != "unbind":
+        sizes = [p.shape[dim] for p in pieces]
+        if any(not isinstance(s, int) for s in sizes[:-1]):
+            return None
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        keys = [slice(a, b) for a, b in zip(starts, [*starts[1:], None])]
+    ndim = form.ndim - (call.name == "unbind")
+    items = []
+    for key in keys:
+        op = RowOp("getitem", ((*[slice(None)] * dim, key),), selects=True)
+        items.append(form.with_(rows=(*form.rows, op), ndim=ndim, class_dim=ndim - 1))
+    return Parts(tuple(items), None)
+
+
+def _class_split(call: Call, form: ClassMap, pieces: Any) -> Outcome:
+    """One wide head for several tasks: each piece keeps a range of classes."""
+    sizes = [p.shape[-1] for p in pieces] if call.name != "unbind" else []
+    if not sizes or any(not isinstance(s, int) for s in sizes) or form.normalized:
+        return None
+    items = []
+    for i, size in enumerate(sizes):
+        start = sum(sizes[:i])
+        edits = (*form.edits, Edit("classes", (start, start + size)))
+        if fold(edits) is None:
+            return None
+        items.append(form.with_(edits=edits))
+    return Parts(tuple(items), None)
+
+
+@rule("unflatten")
+def unflatten(walk: Walk, call: Call, form: Any) -> Outcome:
+    dim, sizes = call.get("dim"), call.get("sizes")
+    if not isinstance(form, ClassMap) or not isinstance(dim, int) or not sizes or not all(map(_size, sizes)):
+        return None
+    if dim % form.ndim == form.class_dim:
+        return refuse("class-dim", call.node)
+    return _append(call, form, RowOp("unflatten", (dim % form.ndim, tuple(sizes))))
+
+
+@rule("stack")
+def stack(walk: Walk, call: Call, form: Any) -> Outcome:
+    items = [walk.form(t) for t in call.get("tensors") or ()]
+    dim = call.get("dim", 0)
+    if not all(isinstance(i, ClassMap) and i.class_last and not i.offset for i in items):
+        return None
+    dim = dim % (items[0].ndim + 1)  # type: ignore[union-attr]
+    return Parts(tuple(items), dim) if dim < items[0].ndim else None  # type: ignore[arg-type,union-attr]
+
+
+def _member(call: Call, form: Parts, key: Any) -> Outcome:
+    """parts[i] of a split; stacked[:, i] and stacked[..., a:b, :] of a stack."""
+    if form.dim is None:
+        return form.items[key] if isinstance(key, int) else None
+    ndim = form.items[0].ndim + 1
+    full = full_key(key if isinstance(key, tuple) else (key,), ndim)
+    if full is None or any(isinstance(k, Node) for k in full):
+        return None
+    padded = (*full, *[slice(None)] * (ndim - len(full)))
+    chosen, rest = padded[form.dim], (*padded[: form.dim], *padded[form.dim + 1 :])
+    if isinstance(chosen, int):
+        return take(call, form.items[chosen], rest)
+    if chosen != slice(None) or any(isinstance(k, int) for k in rest) or rest[-1] != slice(None):
+        return None
+    op = RowOp("getitem", (rest[:-1],), selects=True)
+    return Parts(tuple(i.with_(rows=(*i.rows, op)) for i in form.items), form.dim)

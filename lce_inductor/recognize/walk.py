@@ -9,11 +9,12 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..reasons import Refusal, refuse
-from . import rules_loss, rules_shape  # noqa: F401  (registers the rules)
-from .canon import Call, canonical
+from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
+from .canon import canonical
 from .effects import Effects
-from .forms import RULES, ClassMap, Head, Terminal
+from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal
 from .rules_head import head_of
+from .rules_in_place import in_place
 from .values import info, numel_hint
 
 
@@ -24,6 +25,7 @@ class HeadPlan:
     head: Head
     terminals: list[Terminal] = dataclasses.field(default_factory=list)
     returned: list[Node] = dataclasses.field(default_factory=list)
+    writes: list[Node] = dataclasses.field(default_factory=list)
     refusal: Refusal | None = None
     new_nodes: list[Node] = dataclasses.field(default_factory=list)
     replaced_nodes: list[str] = dataclasses.field(default_factory=list)
@@ -46,11 +48,10 @@ class Walk:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.effects = Effects(graph)
-        self.forms: dict[Node, ClassMap] = {}
+        self.forms: dict[Node, Form] = {}
         self.plans: dict[Node, HeadPlan] = {}
-        self._aliases: dict[int, set[Node]] = {}
 
-    def form(self, node: Any) -> ClassMap | None:
+    def form(self, node: Any) -> Form | None:
         return self.forms.get(node) if isinstance(node, Node) else None
 
     def run(self) -> list[HeadPlan]:
@@ -58,64 +59,72 @@ class Walk:
         for node in self.graph.nodes:
             if node.op == "output":
                 self._output(node)
-                continue
-            changed = self.effects.writes.get(node)
-            if changed is not None:
-                self._mutation(node)
-                continue
-            call = canonical(node)
-            inputs = [a for a in node.all_input_nodes if a in self.forms]
-            if inputs:
-                self._apply(node, call, inputs)
-            elif call is not None:
-                form = head_of(call)
-                if form is not None:
-                    self.plans[node] = HeadPlan(form.head)
-                    self._learn(node, form)
+            elif node in self.effects.writes:
+                self._write(node)
+            else:
+                self._read(node)
         return list(self.plans.values())
 
-    def _learn(self, node: Node, form: ClassMap) -> None:
-        if self.effects.grad_off(node) and not self.effects.grad_off(form.head.node):
-            form = form.with_(detached=True)
-        self.forms[node] = form
-        known = info(node)
-        if known is not None and known.storage is not None:
-            self._aliases.setdefault(known.storage, set()).add(node)
-
-    def _apply(self, node: Node, call: Call | None, inputs: list[Node]) -> None:
-        heads = {self.forms[i].head for i in inputs}
-        if call is None or call.name not in RULES or len(heads) > 1:
-            for head in heads:
-                self._refuse(head, refuse("two-heads" if len(heads) > 1 else "escape", node))
+    def _read(self, node: Node) -> None:
+        call = canonical(node)
+        inputs = [self.forms[a] for a in node.all_input_nodes if a in self.forms]
+        head = head_of(call) if call is not None else None
+        if head is not None:  # also of a form: what looked like logits was the layer before
+            self.plans[node] = HeadPlan(head.head)
+            self._learn(node, head)
+        if not inputs:
             return
-        form = self.forms[inputs[0]]
-        outcome = RULES[call.name](self, call, form)
-        if isinstance(outcome, ClassMap):
-            self._learn(node, outcome)
+        outcome = RULES[call.name](self, call, inputs[0]) if call is not None and call.name in RULES else None
+        if outcome is None:
+            outcome = refuse("two-heads" if len({f.head for f in inputs}) > 1 else "escape", node)
+        if isinstance(outcome, Refusal):
+            for form in inputs:
+                self._refuse(form, outcome)
         elif isinstance(outcome, Terminal):
-            self.plans[form.head.node].terminals.append(outcome)
+            self.plans[outcome.form.head.node].terminals.append(outcome)
         else:
-            self._refuse(form.head, outcome if isinstance(outcome, Refusal) else refuse("escape", node))
+            self._learn(node, outcome)
 
-    def _refuse(self, head: Head, refusal: Refusal) -> None:
-        plan = self.plans[head.node]
-        if plan.refusal is None:
-            plan.refusal = refusal
+    def _learn(self, node: Node, form: Form) -> None:
+        if isinstance(form, ClassMap) and self.effects.grad_off(node) and not self.effects.grad_off(form.head.node):
+            form = form.with_(detached=True)
+        if isinstance(form, Product) and self.effects.grad_off(node):
+            form = dataclasses.replace(
+                form, probs=form.probs.with_(detached=True), values=form.values.with_(detached=True)
+            )
+        self.forms[node] = form
 
-    def _mutation(self, node: Node) -> None:
-        """An in-place change: every head with a form in that memory, or in unknown memory, is off."""
-        for other, form in self.forms.items():
-            if self.effects.may_write(node, other):
-                self._refuse(form.head, refuse("mutated", node))
+    def _refuse(self, form: Form, refusal: Refusal) -> None:
+        for head in {i.head for i in form.items} if isinstance(form, Parts) else {form.head}:
+            plan = self.plans[head.node]
+            if plan.refusal is None:
+                plan.refusal = refusal
+
+    def _write(self, node: Node) -> None:
+        """An in-place change of logits: certain for all names of that memory, or the heads in it are off."""
+        touched = [other for other in self.forms if self.effects.may_write(node, other)]
+        target = self.effects.writes[node][0]
+        known = target in self.forms and all(self.effects.same_memory(target, t) for t in touched)
+        changed = in_place(self, node, target, touched) if known else None
+        if changed is not None:
+            self.forms.update(changed)
+            self.plans[changed[target].head.node].writes.append(node)
+            if info(node) is not None:
+                self.forms[node] = changed[target]
+            return
+        for other in touched:
+            self._refuse(self.forms[other], refuse("mutated", node))
         for arg in node.all_input_nodes:  # a form is read by, say, `buffer.add_(logits)`
             if arg in self.forms:
-                self._refuse(self.forms[arg].head, refuse("escape", node))
+                self._refuse(self.forms[arg], refuse("escape", node))
 
     def _output(self, node: Node) -> None:
         for arg in node.all_input_nodes:
             form = self.forms.get(arg)
-            if form is not None:
+            if isinstance(form, ClassMap) and form.plain:
                 self.plans[form.head.node].returned.append(arg)
+            elif form is not None:
+                self._refuse(form, refuse("escape", node))
 
 
 def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:

@@ -11,6 +11,7 @@ from torch.fx import Graph
 
 from .. import report
 from ..config import Config
+from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
 from .tangents import Illegal, heads_of, row_gradients
 

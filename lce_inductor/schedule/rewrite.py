@@ -43,6 +43,8 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     _must_save(merged, forward)
     forward.replace_all_uses_with(merged)
     graph.erase_node(forward)
+    for result in merged.users:
+        _must_save(result, merged)
 
     for user in list(backward.users):
         index = user.args[1]
@@ -50,9 +52,10 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
             gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))  # type: ignore[operator]
             gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]  # type: ignore[operator]
             _must_save(gradient, merged)
-            out = _scaled(graph, gradient, found.tangent, scale, user)
+            wide, out = _scaled(graph, gradient, found.tangent, scale, user)
         user.replace_all_uses_with(out)
         graph.erase_node(user)
+        _skip_rounding(out, wide)
     graph.erase_node(backward)
 
 
@@ -63,18 +66,39 @@ def _must_save(node: Node, source: Node) -> None:
             node.meta["ac_graph_id"] = source.meta["ac_graph_id"]
 
 
-def _scaled(graph: Graph, gradient: Node, tangent: Node, scale: Node | None, user: Node) -> Node:
-    """The gradient times the real tangent, in the dtype that the backward op gave."""
+def _scaled(graph: Graph, gradient: Node, tangent: Node, scale: Node | None, user: Node) -> tuple[Node, Node]:
+    """The gradient times the real tangent, in fp32 or wider and in the dtype that the backward op gave."""
     writer = _Writer(graph, None)
     if tangent.meta["val"].dim() > 0:
         tangent = writer.call(aten.reshape.default, tangent, [])
     factor = tangent if scale is None else writer.call(aten.mul.Tensor, tangent, scale)
-    out = writer.call(aten.mul.Tensor, gradient, factor)
     wanted = user.meta["val"].dtype
+    if gradient.meta["val"].dtype in (torch.float16, torch.bfloat16):
+        gradient = writer.call(prims.convert_element_type.default, gradient, torch.float32)
+    wide = out = writer.call(aten.mul.Tensor, gradient, factor)
     if out.meta["val"].dtype != wanted:
         out = writer.call(prims.convert_element_type.default, out, wanted)
     out.meta |= {k: v for k, v in user.meta.items() if k not in ("val", "recompute", "ac_graph_id")}
-    return out
+    return wide, out
+
+
+_SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten.permute.default, aten.t.default, aten.unsqueeze.default)
+
+
+def _skip_rounding(narrow: Node, wide: Node) -> None:
+    """Where the gradient is only widened again (the cast that autocast made), don't round it in between: the product
+    with the tangent is a rounding that the unfused backward doesn't have."""
+    if narrow is wide:
+        return
+    for user in list(narrow.users):
+        if user.target is prims.convert_element_type.default:
+            user.replace_input_with(narrow, wide)
+        elif user.target in _SHAPE_ONLY and user.args[0] is narrow:
+            with narrow.graph.inserting_before(user):
+                copy = _Writer(narrow.graph, None).call(user.target, wide, *user.args[1:])
+            _skip_rounding(user, copy)
+            if not copy.users:
+                narrow.graph.erase_node(copy)
 
 
 class _Writer:

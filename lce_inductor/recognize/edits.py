@@ -1,0 +1,63 @@
+"""Edits of logits, split into what goes into x, weight and bias and what stays for the op's epilogue."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .forms import Edit
+
+_NUMBER = ("mul", "div", "add", "tanh", "sigmoid", "rsqrt_cap")
+_TENSOR = ("bias", "class_scale", "fill", "mask")
+
+
+class Folded(NamedTuple):
+    """tensor: edits with tensors, in order, each with the factor that number steps before it make; steps: the
+    epilogue's text; classes: the slice of classes that is kept."""
+
+    tensor: tuple[tuple[Edit, float], ...]
+    steps: str
+    classes: tuple[int, int] | None
+
+
+def fold(edits: tuple[Edit, ...]) -> Folded | None:
+    """Split edits, or None where a tensor comes after a step that it cannot be pulled through.
+
+    A factor commutes with scales and shrinks a bias; nothing passes a shift or a nonlinear step.
+    """
+    tensor: list[tuple[Edit, float]] = []
+    steps: list[str] = []
+    classes: tuple[int, int] | None = None
+    factor, linear = 1.0, True
+    for edit in edits:
+        if edit.name == "classes":
+            if any(e.name in _TENSOR for e, _ in tensor):
+                return None
+            start, stop = edit.args
+            base = classes[0] if classes else 0
+            classes = (base + start, base + stop)
+        elif edit.name in _NUMBER:
+            steps.append(" ".join([edit.name, *(repr(float(a)) for a in edit.args)]))
+            if edit.name == "mul":
+                factor *= edit.args[0]
+            elif edit.name == "div":
+                factor /= edit.args[0]
+            else:
+                linear = False
+        elif edit.name in ("fill", "mask") and edit.args[-1] == float("-inf"):
+            # -inf stays -inf under a positive factor and no other step.
+            if not linear or factor <= 0:
+                return None
+            tensor.append((edit, 1.0))
+        elif not linear or factor == 0.0:
+            return None
+        else:
+            tensor.append((edit, factor))
+    return Folded(tuple(tensor), ";".join(steps), classes)
+
+
+def number(value: Any) -> float | None:
+    """A finite Python number as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    value = float(value)
+    return value if value == value and abs(value) != float("inf") else None

@@ -1,0 +1,259 @@
+"""Rules for what turns a row of logits into a few numbers.
+
+logsumexp(z, -1)   softmax / log_softmax   gather(z, -1, index)   z[arange(N), index]   z.max(-1)   z.argmax(-1)
+z.sum(-1)   exp(z - m).sum(-1)   (p * log_p).sum(-1)   (one_hot(y, V) * log_p).sum(-1)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from ..ops.types import ARGMAX, LSE, MAX, MEAN, SUM, TARGET
+from ..reasons import refuse
+from .canon import Call, canonical
+from .emit import Emitter
+from .forms import ClassMap, OneHotProduct, Outcome, Product, Terminal, Want, rule
+from .values import Info, info, same_shape
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+_MAX_COLUMNS = 8
+
+
+def over_classes(form: ClassMap, dim: Any) -> bool:
+    """Is `dim` (a number or a list of one) the class dimension?"""
+    if isinstance(dim, (tuple, list)):
+        dim = dim[0] if len(dim) == 1 else None
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim % form.ndim == form.class_dim
+
+
+@rule("log_softmax", "softmax")
+def softmax(walk: Walk, call: Call, form: Any) -> Outcome:
+    out = info(call.node)
+    if not isinstance(form, ClassMap) or out is None or form.exp or form.coef != 1.0:
+        return None
+    if not over_classes(form, call.get("dim")):
+        return refuse("class-dim", call.node)
+    return form.with_(normalized=True, offset=(), exp=call.name == "softmax", dtype=out.dtype)
+
+
+def _terminal(call: Call, form: ClassMap, wants: list[Want], write: Any) -> Outcome:
+    """A terminal of one result; `write(emitter)` gives its value row by row, class dimension of size 1 kept."""
+    out = info(call.node)
+    if out is None:
+        return None
+    if form.normalized:
+        wants.append(Want(LSE))
+
+    def emit(e: Emitter) -> Node:
+        return e.finish(write(e), out.dtype)
+
+    return Terminal(call.node, form, tuple(dict.fromkeys(wants)), emit)
+
+
+def _shift(e: Emitter, form: ClassMap) -> Node | None:
+    """What a form adds to every logit of a row, class dimension of size 1; None for nothing."""
+    value = e.unary("neg", e.rows(e.stat(Want(LSE)))) if form.normalized else None
+    for sign, node, log in form.offset:
+        ref = e.unary("log", e.ref(node)) if log else e.ref(node)
+        if value is None:
+            value = ref if sign > 0 else e.unary("neg", ref)
+        else:
+            value = e.plus(value, ref, sign)
+    return value
+
+
+def _at(e: Emitter, form: ClassMap, stat: Node) -> Node:
+    """The form's value where its edited logit is `stat` (class dimension of size 1)."""
+    shift = _shift(e, form)
+    value = stat if shift is None else e.plus(stat, shift)
+    if form.exp:
+        return e.unary("exp", value)
+    return value if form.coef == 1.0 else e.times(value, form.coef)
+
+
+@rule("logsumexp")
+def logsumexp(walk: Walk, call: Call, form: Any) -> Outcome:
+    if not isinstance(form, ClassMap) or form.exp or form.coef != 1.0:
+        return None
+    if not over_classes(form, call.get("dim")):
+        return refuse("class-dim", call.node)
+    keepdim = bool(call.get("keepdim", False))
+    return _terminal(call, form, [Want(LSE)], lambda e: e.keep(_at(e, form, e.rows(e.stat(Want(LSE)))), keepdim))
+
+
+@rule("max", "amax", "argmax")
+def maximum(walk: Walk, call: Call, form: Any) -> Outcome:
+    """The largest logit and where it is. A positive outer factor, an offset or an exp don't move it."""
+    if not isinstance(form, ClassMap) or form.coef <= 0.0 or not over_classes(form, call.get("dim")):
+        return None
+    keepdim = bool(call.get("keepdim", False))
+
+    def value(e: Emitter) -> Node:
+        return e.keep(_at(e, form, e.rows(e.stat(Want(MAX)))), keepdim)
+
+    def index(e: Emitter) -> Node:
+        return e.own(e.keep(e.rows(e.stat(Want(ARGMAX))), keepdim))
+
+    if call.name == "amax":
+        return _terminal(call, form, [Want(MAX)], value)
+    if call.name == "argmax":
+        return Terminal(call.node, form, (Want(ARGMAX),), index)
+    users = list(call.node.users)
+    if any(item(u) not in (0, 1) for u in users):
+        return None
+    values = next((u for u in users if item(u) == 0), None)
+    wants = [Want(ARGMAX)] if values is None else [Want(MAX), Want(ARGMAX)]
+    if form.normalized and values is not None:
+        wants.append(Want(LSE))
+    known = info(values) if values is not None else None
+
+    def both(e: Emitter) -> Any:
+        found = None if known is None else e.finish(value(e), known.dtype)
+        return (found, index(e))
+
+    return Terminal(call.node, form, tuple(wants), both)
+
+
+def item(user: Node) -> int | None:
+    """Which result of `values, indices = z.max(-1)` a user takes."""
+    call = canonical(user)
+    if call is not None and call.name == "getitem" and call.get("key") in (0, 1):
+        return int(call.get("key"))
+    if call is not None and call.name == "attribute" and user.args[1] in ("values", "indices"):
+        return ("values", "indices").index(str(user.args[1]))
+    return None
+
+
+@rule("sum")
+def total(walk: Walk, call: Call, form: Any) -> Outcome:
+    if isinstance(form, Product):
+        return _expectation(call, form)
+    if isinstance(form, OneHotProduct):
+        return _picked_by_one_hot(call, form)
+    if not isinstance(form, ClassMap) or not over_classes(form, call.get("dim")):
+        return None
+    keepdim = bool(call.get("keepdim", False))
+    if form.exp:
+        return _terminal(call, form, [Want(LSE)], lambda e: e.keep(_at(e, form, e.rows(e.stat(Want(LSE)))), keepdim))
+
+    return _terminal(call, form, [Want(SUM)], lambda e: e.keep(_total(e, form), keepdim))
+
+
+def _total(e: Emitter, form: ClassMap) -> Node:
+    """The sum over classes of a form without exp."""
+    value, shift = e.rows(e.stat(Want(SUM))), _shift(e, form)
+    if shift is not None:
+        value = e.plus(value, e.times(shift, e.num_classes))
+    return value if form.coef == 1.0 else e.times(value, form.coef)
+
+
+@rule("mean")
+def mean(walk: Walk, call: Call, form: Any) -> Outcome:
+    """The mean over classes; over everything it is not a row statistic."""
+    if not isinstance(form, ClassMap) or form.exp or not over_classes(form, call.get("dim")):
+        return None
+    keepdim = bool(call.get("keepdim", False))
+
+    def write(e: Emitter) -> Node:
+        value = e.divided(e.rows(e.stat(Want(SUM))), e.num_classes)
+        return e.keep(_at(e, form, value), keepdim)
+
+    return _terminal(call, form, [Want(SUM)], write)
+
+
+def _expectation(call: Call, form: Product) -> Outcome:
+    """sum p * values: the expectation of the values under the row's softmax."""
+    values = form.values
+    if not over_classes(values, call.get("dim")):
+        return None
+    keepdim = bool(call.get("keepdim", False))
+
+    def write(e: Emitter) -> Node:
+        value = _at(e, values, e.rows(e.stat(Want(MEAN))))
+        return e.keep(value if form.coef == 1.0 else e.times(value, form.coef), keepdim)
+
+    both = dataclasses.replace(values, detached=values.detached and form.probs.detached)
+    if values.detached != form.probs.detached:
+        return None  # one of two gradients
+    return _terminal(call, both, [Want(MEAN), Want(LSE)], write)
+
+
+def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
+    values = form.values
+    if not over_classes(values, call.get("dim")):
+        return None
+    hot = form.hot
+    keepdim = bool(call.get("keepdim", False))
+    want = Want(TARGET, hot.index, None, hot.column)
+    wants = [want] if hot.index is not None else []
+    if hot.shift != 0.0:
+        wants.append(Want(SUM))
+    if not wants or values.exp:
+        return None
+
+    def write(e: Emitter) -> Node:
+        value = None
+        if hot.index is not None:
+            value = e.times(_at(e, values, e.rows(e.stat(want))), form.coef * hot.coef)
+        if hot.shift != 0.0:
+            spread = e.times(_total(e, values), form.coef * hot.shift)
+            value = spread if value is None else e.plus(value, spread)
+        assert value is not None
+        return e.keep(value, keepdim)
+
+    return _terminal(call, values, wants, write)
+
+
+@rule("gather", "take_along_dim")
+def gather(walk: Walk, call: Call, form: Any) -> Outcome:
+    """One or a few classes per row, by an index with a class dimension of that size."""
+    index, dim = call.get("index"), call.get("dim")
+    if not isinstance(form, ClassMap) or walk.form(index) is not None or call.get("sparse_grad"):
+        return None
+    known, like = info(index), info(call.get("input"))
+    if known is None or like is None or not over_classes(form, dim) or len(known.shape) != form.ndim:
+        return None
+    columns = known.shape[form.class_dim]
+    if not isinstance(columns, int) or not 0 < columns <= _MAX_COLUMNS:
+        return None
+    where = form.class_dim
+    rows = [(*shape[:where], *shape[where + 1 :]) for shape in (known.shape, like.shape)]
+    if not same_shape(*rows):
+        return None
+    return _pick(call, form, index, known, [Want(TARGET, index, None, (where, k)) for k in range(columns)])
+
+
+def _pick(call: Call, form: ClassMap, index: Node, known: Info, wants: list[Want]) -> Outcome:
+    def write(e: Emitter) -> Node:
+        picked = [_at(e, form, e.rows(e.stat(w))) for w in wants]
+        return picked[0] if len(picked) == 1 else e.cat(picked, form.class_dim)
+
+    return _terminal(call, form, list(wants), write)
+
+
+def index_rows(walk: Walk, call: Call, form: ClassMap, key: tuple[Any, ...]) -> Outcome:
+    """z[arange(N), index]: one class per row of [N, V]."""
+    if form.ndim != 2 or len(key) != 2 or not form.class_last or not all(isinstance(k, Node) for k in key):
+        return None
+    rows, index = key
+    call_rows, known, like = canonical(rows), info(index), info(call.get("input"))
+    if call_rows is None or call_rows.name != "arange" or known is None or like is None:
+        return None
+    arange, is_range = info(rows), _plain_range(call_rows)
+    if arange is None or not is_range or not same_shape(arange.shape, like.shape[:1]):
+        return None
+    if known.dtype.is_floating_point or str(known.dtype) == "torch.bool" or not same_shape(known.shape, like.shape[:1]):
+        return None
+    want = Want(TARGET, index, None, (-1, -1))
+    return _terminal(call, form, [want], lambda e: e.keep(_at(e, form, e.rows(e.stat(want))), False))
+
+
+def _plain_range(call: Call) -> bool:
+    """arange(n) or arange(0, n): without another start or step."""
+    args = list(call.node.args)
+    return len(args) == 1 or (len(args) == 2 and args[0] == 0)
