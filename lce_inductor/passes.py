@@ -13,10 +13,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from . import report
+from .backup import Backup
 from .config import Config
 from .ops import schema  # noqa: F401  (registers the ops)
 from .recognize import recognize
-from .recognize.rewrite import Backup
 from .schedule import schedule
 
 log = logging.getLogger("lce_inductor")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from ..backup import Backup
 from ..config import Config
 from ..ops import schema  # noqa: F401  (registers the ops)
 from ..reasons import Refusal
@@ -25,7 +26,7 @@ def recognize(graph: Graph, config: Config) -> list[HeadPlan]:
     walk, plans = decide(graph, config)
     if all(plan.refusal is not None for plan in plans):
         return plans
-    backup = rewrite.Backup(graph)
+    backup = Backup(graph)
     replaced: dict[Node, Node] = {}
     try:
         for plan in plans:

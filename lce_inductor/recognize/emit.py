@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
-_VALUES = ("example_value", "val", "tensor_meta")
+VALUES = ("example_value", "val", "tensor_meta")
 
 
 def materialize(graph: Graph, value: Any, replaced: dict[Node, Node]) -> Any:
@@ -120,7 +120,7 @@ class Emitter:
     def call(self, target: Callable[..., Any], *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         source = self.terminal.node if like is None else like
-        keep = PROVENANCE if like is None else (*PROVENANCE, *_VALUES)
+        keep = PROVENANCE if like is None else (*PROVENANCE, *VALUES)
         node.meta = {k: v for k, v in source.meta.items() if k in keep}
         return node
 

@@ -79,7 +79,7 @@ class ClassMap:
 
     class_dim: where the class dimension is in the node's own shape. offset: (sign, tensor with class dimension 1,
     whether its logarithm is meant).
-    detached: no gradient flows through it.
+    detached: no gradient flows through it. early_cast: a cast came before the first edit.
     """
 
     head: Head
@@ -93,6 +93,7 @@ class ClassMap:
     offset: tuple[tuple[int, Node, bool], ...] = ()
     exp: bool = False
     detached: bool = False
+    early_cast: bool = False
 
     def with_(self, **changes: Any) -> ClassMap:
         return dataclasses.replace(self, **changes)

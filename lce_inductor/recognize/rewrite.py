@@ -12,12 +12,14 @@ import operator
 from typing import Any
 
 import torch
+from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
+from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..config import Config
 from ..ops.types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET
 from .edits import fold
-from .emit import PROVENANCE, Emitter, materialize, replay
+from .emit import PROVENANCE, VALUES, Emitter, materialize, replay
 from .forms import ClassMap, Edit, Ref, Want
 from .place import Group, selecting
 from .rules_elementwise import num_classes
@@ -28,24 +30,6 @@ from .walk import HeadPlan, Walk
 _STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, MEAN: 3, MAX: 4, ARGMAX: 5}
 aten = torch.ops.aten
 ops = torch.ops.lce_inductor
-
-
-class Backup:
-    """A copy of a graph to go back to when a rewrite fails half-way."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.copy = Graph()
-        self.out = self.copy.graph_copy(graph, {})
-        self.out_meta = next(n for n in reversed(graph.nodes) if n.op == "output").meta
-
-    def restore(self) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            self.graph.erase_node(node)
-        env: dict[Node, Node] = {}
-        self.graph.graph_copy(self.copy, env)
-        end = self.graph.output(torch.fx.map_arg(self.out, env.__getitem__))
-        end.meta = dict(self.out_meta)
 
 
 def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, replaced: dict[Node, Node]) -> list[Node]:
@@ -184,6 +168,11 @@ class _Head:
         value = self.plan.head.node.meta.get("example_value", self.plan.head.node.meta.get("val"))
         return getattr(value, "device", None)
 
+    def hidden(self) -> Any:
+        known = ref_info(self.plan.head.node, self.plan.head.x)
+        size = known.shape[-1] if known is not None else None
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, self.x, -1)
+
     def num_classes(self) -> Any:
         size = self.plan.head.num_classes
         return size if isinstance(size, int) else self.call(aten.sym_size.int, self.weight, 0)
@@ -196,14 +185,10 @@ def _num_classes(writer: _Head, form: ClassMap) -> Any:
 
 def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dict[Want, Node]]:
     """The head_stats call of a group, and the node of each wanted statistic."""
-    graph, head = writer.graph, writer.plan.head
+    graph = writer.graph
     x = writer.x
-    known_x = ref_info(head.node, head.x)
-    hidden = known_x.shape[-1] if known_x is not None else None
-    if group.rows and not isinstance(hidden, int):
-        hidden = writer.call(aten.sym_size.int, x, -1)
     for op in group.rows:
-        x = replay(graph, op, x, hidden)
+        x = replay(graph, op, x, writer.hidden())
     where = group.target_columns()
     count = max(where.values(), default=-1) + 1
     targets: list[Any] = [None] * count
@@ -268,4 +253,25 @@ def _write_through(writer: _Head, column: Node, rest: Any, target: Node, want: W
 
 
 def _defer(walk: Walk, plan: HeadPlan, replaced: dict[Node, Node]) -> None:
-    """Returned logits become DeferredLogits, if what is returned is the logits and not something made of them."""
+    """Returned logits become DeferredLogits: they cost nothing until somebody reads them.
+
+    Only where the graph is what the user called (its outputs are the user's values), and only if nothing but the
+    output reads them.
+    """
+    owner = walk.graph.owning_module
+    if owner is None or "dynamo_compile_id" not in owner.meta or V.aot_compilation:
+        return
+    output = next(n for n in reversed(walk.graph.nodes) if n.op == "output")
+    for node in dict.fromkeys(plan.returned):
+        form = walk.form(node)
+        if not isinstance(form, ClassMap) or not form.class_last or any(e.name == "class_scale" for e in form.edits):
+            continue
+        with walk.graph.inserting_before(output):
+            writer = _Head(walk.graph, plan, form.edits, replaced)
+            x = writer.x
+            for op in form.rows:
+                x = replay(walk.graph, op, x, writer.hidden())
+            args = (x, writer.weight, writer.bias, writer.steps, plan.head.dtype, form.dtype, form.early_cast)
+            deferred = writer.call(ops.defer_logits.default, *args)
+        deferred.meta |= {k: v for k, v in node.meta.items() if k in VALUES}
+        output.replace_input_with(node, deferred)

@@ -158,7 +158,8 @@ def add(walk: Walk, call: Call, form: Any) -> Outcome:
         left, right = right, left
     a, b = walk.form(left), walk.form(right)
     if a is not None and b is not None:
-        return refuse("two-heads" if a.head is not b.head else "escape", call.node)
+        code = "margin" if isinstance(a, OneHot) or isinstance(b, OneHot) else "escape"
+        return refuse("two-heads" if a.head is not b.head else code, call.node)
     form, other = (a, right) if a is not None else (b, left)
     c = number(other)
     if isinstance(form, Squared):
@@ -300,6 +301,13 @@ def scatter(walk: Walk, call: Call, form: Any) -> Outcome:
     if known.shape[like.class_dim] != 1:
         return None
     return OneHot(like, index, (like.class_dim, 0), value - form.shift, form.shift)
+
+
+@rule("kl_div")
+def kl_div(walk: Walk, call: Call, form: Any) -> Outcome:
+    """A divergence from another head's distribution, or from probabilities that came from outside."""
+    heads = {f.head for a in call.node.all_input_nodes if (f := walk.form(a)) is not None}
+    return refuse("two-heads" if len(heads) > 1 else "soft-targets", call.node)
 
 
 @rule("clamp", "clip", "arccos", "acos")

@@ -34,6 +34,8 @@ def cast(walk: Walk, call: Call, form: Any) -> Outcome:
         return form
     if not isinstance(form, (ClassMap, Product, OneHotProduct)):
         return None
+    if isinstance(form, ClassMap) and not form.edits and out.dtype != form.dtype:
+        form = form.with_(early_cast=True)
     return dataclasses.replace(form, dtype=out.dtype)
 
 
@@ -186,6 +188,8 @@ def take(call: Call, form: ClassMap, key: tuple[Any, ...]) -> Outcome:
             return None
     if not masked and len(key) == form.ndim:
         classes, key = key[-1], key[:-1]
+        if not isinstance(classes, slice):
+            return None
         if classes != slice(None):
             kept = class_range(form, classes)
             if kept is None:
@@ -202,6 +206,8 @@ def take(call: Call, form: ClassMap, key: tuple[Any, ...]) -> Outcome:
 def class_range(form: ClassMap, key: Any) -> tuple[int, int] | None:
     """The classes [start, stop) that a slice keeps, if that can be told and leaves any."""
     size = num_classes(form)
+    if isinstance(key, int) and isinstance(size, int) and -size <= key < size:
+        return key % size, key % size + 1
     if not isinstance(key, slice) or not isinstance(size, int):
         return None
     if any(not (v is None or isinstance(v, int)) for v in (key.start, key.stop, key.step)):
@@ -220,6 +226,8 @@ def slice_dim(walk: Walk, call: Call, form: Any) -> Outcome:
 @rule("narrow")
 def narrow(walk: Walk, call: Call, form: Any) -> Outcome:
     start, length = call.get("start"), call.get("length")
+    if start == 0 and _size(length):
+        return _along(call, form, call.get("dim"), slice(0, length))
     if not isinstance(start, int) or not isinstance(length, int):
         return None
     return _along(call, form, call.get("dim"), slice(start, start + length))

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..ops.types import ARGMAX
 from ..reasons import Refusal, refuse
 from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
 from .canon import canonical
@@ -134,7 +135,21 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
     for plan in plans:
         if plan.refusal is None and not plan.terminals:
             plan.refusal = refuse("returned-loss-free" if plan.returned else "no-loss", plan.head.node)
+        if plan.refusal is None and plan.returned and not _trains(walk, plan):
+            plan.refusal = refuse("returned-loss-free", plan.head.node, "the loss in this graph has no gradient")
         if plan.refusal is None and plan.logits_bytes < config.min_logits_bytes:
             detail = f"{plan.logits_bytes} of {config.min_logits_bytes} bytes"
             plan.refusal = refuse("too-small", plan.head.node, detail)
     return walk, plans
+
+
+def _trains(walk: Walk, plan: HeadPlan) -> bool:
+    """Does a gradient flow from the graph's own losses? If logits that need one are returned beside losses that
+    are only logged, the caller differentiates the logits."""
+    known = info(plan.head.node)
+    if known is None or not known.requires_grad:
+        return True
+    return any(
+        not t.form.detached and not walk.effects.grad_off(t.node) and any(w.bit != ARGMAX for w in t.wants)
+        for t in plan.terminals
+    )

@@ -154,5 +154,9 @@ def _fake_mode(values: Any) -> Any:
 def finish(graph: Graph) -> None:
     """Coefficients may stand after the head that now reads them: sort, and drop the formulas nobody reads."""
     stable_topological_sort(graph)
+    last = next(iter(reversed(graph.nodes)))
+    output = next(iter(graph.find_nodes(op="output")))
+    if output is not last:  # the sort may leave nodes behind it that nothing reads
+        last.append(output)
     graph.eliminate_dead_code()
     graph.lint()

@@ -113,8 +113,11 @@ class _Evaluate:
     def __init__(self, graph: Graph, forward: Node, lse: Any) -> None:
         self.graph, self.forward, self.lse = graph, forward, lse
         tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
+        # Through data only; `behind` counts what merely reads a size, too.
         self.on_tangent = _dependents(graph, set(tangents))
         self.on_head = _dependents(graph, {forward})
+        self.behind = _dependents(graph, {forward, *tangents}, sizes=True)
+        self._cleaned: dict[Node, Any] = {}
         self.tangents = set(tangents)
         self.roots: set[Node] = set()
         self.new: list[Node] = []
@@ -129,7 +132,43 @@ class _Evaluate:
         return self._known[node]
 
     def _free(self, value: Any) -> bool:
-        return not isinstance(value, Node) or (value not in self.on_tangent and value not in self.on_head)
+        """Are the tensors in a value known without the tangent and the head?"""
+        found: list[Node] = []
+        torch.fx.map_arg(value, found.append)
+        return all(n not in self.on_tangent and n not in self.on_head for n in found)
+
+    def _clean(self, node: Node) -> Any:
+        """A free node, made anew if a size in its making is read off something that is not there yet."""
+        if node not in self.behind:
+            return node
+        if node not in self._cleaned:
+            self._cleaned[node] = self._size(node) if _is_size(node) else self._copy(node, {})
+        return self._cleaned[node]
+
+    def _size(self, node: Node) -> Any:
+        """A symbolic size, read off something that is there before the head."""
+        size = node.meta["val"]
+        if isinstance(size, int):
+            return size
+        for other in self.graph.nodes:
+            if other not in self.behind and _is_size(other):
+                value = other.meta["val"]
+                if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+                    return other
+        x = self.forward.args[0]
+        for dim, value in enumerate(x.meta["val"].shape):  # type: ignore[union-attr]
+            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+                return self._sym_size(x, dim, value)
+        if node.op == "call_function" and not node.kwargs and all(map(_is_size, node.all_input_nodes)):
+            return self._copy(node, {})  # arithmetic of sizes
+        raise _NotLinear(f"a size depends on the head: {node.format_node() or node.name}")
+
+    def _sym_size(self, x: Any, dim: int, value: Any) -> Node:
+        with self.graph.inserting_before(self.forward):
+            node = self.graph.call_function(aten.sym_size.int, (x, dim))
+        node.meta["val"] = value
+        self.new.append(node)
+        return node
 
     def _evaluate(self, node: Node) -> Affine:
         if node in self.tangents:
@@ -137,7 +176,7 @@ class _Evaluate:
         if _is_zero(node):
             return Affine(None, None)
         if self._free(node):
-            return Affine(node, None)
+            return Affine(self._clean(node), None)
         if node is self.lse:
             return Affine(None, self._ones_like(node))
         if node.target in _LINEAR and all(self._free(a) for a in node.args[1:]):
@@ -203,8 +242,8 @@ class _Evaluate:
         return Affine(times(a.const, b.const), slope)
 
     def _copy(self, node: Node, args: dict[int, Node]) -> Node:
-        new = self._write(node.target, tuple(args.get(i, a) for i, a in enumerate(node.args)), node, node.kwargs)
-        return new
+        filled = tuple(args[i] if i in args else torch.fx.map_arg(a, self._clean) for i, a in enumerate(node.args))
+        return self._write(node.target, filled, node, node.kwargs)
 
     def _write(self, target: Any, args: tuple[Any, ...], like: Node, kwargs: Any = None) -> Node:
         with self.graph.inserting_before(self.forward):
@@ -230,28 +269,31 @@ class _Evaluate:
         value = self.lse.meta["val"]
         rows = value.shape[0]
         if not isinstance(rows, int):
-            x = self.forward.args[0]
-            with self.graph.inserting_before(self.forward):
-                rows = self.graph.call_function(aten.sym_size.int, (x, 0))
-            rows.meta["val"] = value.shape[0]
-            self.new.append(rows)
+            rows = self._sym_size(self.forward.args[0], 0, rows)
         return self._write(aten.full.default, ([rows], fill), self.lse, {"dtype": value.dtype, "device": value.device})
 
     def _zeros_like(self, node: Any) -> Any:
-        if not isinstance(node, Node) or _is_zero(node):
+        if not isinstance(node, Node):
             return node
+        if _is_zero(node):
+            return self._clean(node)
         value = node.meta["val"]
         if value.dim() == 0:
             return self._write(aten.full.default, ([], 0), node, {"dtype": value.dtype, "device": value.device})
         raise _NotLinear("a part of a row gradient depends on lse, another does not")
 
 
-def _dependents(graph: Graph, roots: set[Node]) -> set[Node]:
+def _dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]:
+    """Nodes that depend on roots; a size says nothing about the values of what it is the size of."""
     found = set(roots)
     for node in graph.nodes:
-        if any(a in found for a in node.all_input_nodes):
+        if (sizes or not _is_size(node)) and any(a in found for a in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _is_zero(node: Any) -> bool:
