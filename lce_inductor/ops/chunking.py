@@ -22,14 +22,14 @@ class Policy:
 
     target_rows: int
     least_rows: int
-    rows_per_hidden: int
+    rows_per_hidden: float
     tile: int
     align: int
 
 
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=5, tile=128, align=64),
+    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=4.5, tile=128, align=64),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
     "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, tile=16, align=1),
 }
@@ -67,9 +67,9 @@ def plan(
     if chunk_tokens > 0:
         rows = min(chunk_tokens, within_budget, N)
         return ChunkPlan(rows, ceil_div(N, rows), row_stride)
-    for_hidden = max(policy.rows_per_hidden * H, policy.least_rows)
+    for_hidden = max(int(policy.rows_per_hidden * H), policy.least_rows)
     limit = min(policy.target_rows, for_hidden, within_budget)
-    if N <= limit:
+    if limit >= N:
         return ChunkPlan(N, 1, row_stride)
     if limit >= policy.tile:
         limit -= limit % policy.tile
@@ -87,6 +87,12 @@ def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw
         return chunk + grad_x + grad_w
     sums = V * H * 4 if dw else 0  # fp32, cast to the weight's dtype once the chunk is free
     return grad_x + sums + max(chunk, grad_w)
+
+
+def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:
+    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out."""
+    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 256) * p.rows * 4
+    return (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
 
 
 def ceil_div(a: int, b: int) -> int:

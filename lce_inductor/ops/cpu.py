@@ -39,10 +39,14 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
     out = _Grads(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
     for rows in _chunks(a):
         y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
-        rows_out.fill(rows, y)
         found = rows_out.stats
-        mean = found.mean_logit[rows] if stats & MEAN else None
-        out.add(rows, _dz(a, rows, y, slope, found.lse[rows], mean, grads))
+        if stats & MEAN:
+            rows_out.fill(rows, y)
+            dz = _dz(a, rows, y, slope, found.lse[rows], found.mean_logit[rows], grads)
+        else:  # one exponential serves the statistics and the gradient
+            total = rows_out.fill_and_exp(rows, y)
+            dz = _dz(a, rows, y, slope, found.lse[rows], None, grads, total)
+        out.add(rows, dz)
     kept = (value if asked & (1 << i) else value.new_empty(0) for i, value in enumerate(rows_out.stats))
     return (Stats(*kept), *out.result())
 
@@ -82,14 +86,27 @@ class _Rows:
         if stats & TARGET and a.target is not None:
             _check_target(a.target, a.weight.shape[0])
 
+    def fill_and_exp(self, rows: slice, y: Tensor) -> Tensor:
+        """fill(), and y becomes exp(y - its maximum) in place; returns the sum of that, row by row."""
+        self._fill_others(rows, y)
+        top = y.amax(1)
+        top = torch.where(top.isfinite(), top, 0)
+        total = y.sub_(top[:, None]).exp_().sum(1)
+        self.stats.lse[rows] = top + total.log()
+        return total
+
     def fill(self, rows: slice, y: Tensor) -> None:
-        a, s, asked = self.a, self.stats, self.asked
+        s, asked = self.stats, self.asked
         if asked & (LSE | MEAN):
             lse = y.logsumexp(1)
             if asked & LSE:
                 s.lse[rows] = lse
             if asked & MEAN:
                 s.mean_logit[rows] = (y - lse[:, None]).exp_().mul_(y).sum(1)
+        self._fill_others(rows, y)
+
+    def _fill_others(self, rows: slice, y: Tensor) -> None:
+        a, s, asked = self.a, self.stats, self.asked
         if asked & TARGET and a.target is not None:
             index = a.target[rows]
             picked = y.gather(1, index.clamp(min=0))
@@ -110,9 +127,17 @@ def _check_target(target: Tensor, classes: int) -> None:
 
 
 def _dz(
-    a: HeadArgs, rows: slice, y: Tensor, slope: Tensor | float | None, lse: Tensor, mean: Tensor | None, grads: RowGrads
+    a: HeadArgs,
+    rows: slice,
+    y: Tensor,
+    slope: Tensor | float | None,
+    lse: Tensor,
+    mean: Tensor | None,
+    grads: RowGrads,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the chunk's logits, in the statistics' dtype. y may be overwritten."""
+    """Gradient of the chunk's logits, in the dtype of x. y may be overwritten; with `total` it holds exponentials
+    of that sum already."""
     g_lse = None if grads.lse is None else grads.lse[rows]
     if grads.lse_slope is not None:
         sloped = grads.lse_slope[rows] * lse
@@ -123,6 +148,8 @@ def _dz(
         if g_lse is not None:
             factor.add_(g_lse[:, None])
         d = y.sub_(lse[:, None]).exp_().mul_(factor)
+    elif g_lse is not None and total is not None:
+        d = y.mul_((g_lse / total)[:, None])
     elif g_lse is not None:
         d = y.sub_(lse[:, None]).exp_().mul_(g_lse[:, None])
     else:

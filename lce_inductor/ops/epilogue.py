@@ -73,7 +73,7 @@ def apply_with_slope(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor | float | 
         if name == "mul":
             z, slope = z * c[0], times(c[0])
         elif name == "div":
-            z, slope = z / c[0], times(1 / c[0])
+            z, slope = z / c[0], times(reciprocal(c[0]))
         elif name == "add":
             z = z + c[0]
         elif name == "tanh":
@@ -87,6 +87,11 @@ def apply_with_slope(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor | float | 
             root = torch.sqrt(square)
             z, slope = c[0] * z / root, times(c[0] * c[1] / (square * root))
     return z, slope
+
+
+def reciprocal(c: float) -> float:
+    """1 / c as floating-point arithmetic has it, 1 / 0 included."""
+    return 1 / c if c else math.copysign(math.inf, c)
 
 
 def is_finite(steps: Steps) -> bool:

@@ -18,6 +18,8 @@ the bits in types.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def _args(
 def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    return tuple(_impl(x).forward(a, stats))
+    return _distinct(_impl(x).forward(a, stats))
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
@@ -91,7 +93,7 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, None, g_target, g_sum, g_mean)
     dx, dw, db = _impl(x).backward(a, lse, mean_logit, grads, tuple(output_mask))
-    return dx, dw, db.to(weight.dtype if bias is None else bias.dtype)
+    return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
 def _row_stats_with_grad(  # type: ignore[no-untyped-def]
@@ -102,7 +104,12 @@ def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_mean)
     found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask))
-    return (*found, dx, dw, db.to(grad_dtype(weight if bias is None else bias)))
+    return _distinct((*found, dx, dw, db.to(grad_dtype(weight if bias is None else bias))))
+
+
+def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """No two results of an op may share memory: each empty one gets a tensor of its own."""
+    return tuple(t if t.numel() else t.new_empty(t.shape) for t in outputs)
 
 
 def check_inputs(

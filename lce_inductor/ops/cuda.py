@@ -1,0 +1,237 @@
+"""Implementations for CUDA, and the choice between them.
+
+Anchored softmax (kernels/anchored.py) where its conditions hold; `_why_rows` lists them. Everywhere else, library
+products around one Triton row kernel: for each chunk of rows, logits into a buffer with padded rows, statistics and
+then the logits' gradient in place (kernels/rows.py), dX and dW from it. There the logits are rounded to the dtype of
+x exactly where eager rounds them.
+
+No host synchronisation and no allocation that depends on values: the ops can be captured in CUDA graphs. Every
+product has `out=`, which ambient autocast leaves alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+from .chunking import plan
+from .products import product
+from .types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+
+log = logging.getLogger(__name__)
+
+Mask = tuple[bool, bool, bool]
+
+# GPUs that the anchored softmax is chosen on. kernels/tuning.py has layouts for (9, 0), which goes in here as soon as
+# tests/test_anchored.py has passed there as it stands: the repetition of saturated rows changed after its last run.
+_ANCHORED_CAPABILITIES: tuple[tuple[int, int], ...] = ()
+_ANCHORED_STATS = LSE | TARGET | SUM
+# Below these sizes a few launches more cost what the saved pass over the logits gives.
+_ANCHORED_LEAST_N, _ANCHORED_LEAST_V = 1024, 4096
+_AFFINE = ("mul", "div", "add")
+
+# Below this many classes an unaligned product costs less than one more launch.
+_LEAST_SPLIT = 1024
+
+
+@functools.cache
+def available() -> bool:
+    """True where Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def forward(a: HeadArgs, stats: int) -> Stats:
+    """Statistics only: one product, nothing kept, nothing written but statistics."""
+    if _is_anchored(a, stats, None, (False,) * 3):
+        from ..kernels import anchored
+
+        with _device(a.x):
+            return anchored.forward(a, stats)
+    found = _empty_stats(a, stats)
+    _run(a, stats, found, None, None)
+    return found
+
+
+def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+    """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed."""
+    if _is_anchored(a, 0, grads, mask):
+        from ..kernels import anchored
+
+        with _device(a.x):
+            return anchored.backward(a, lse, grads, mask)
+    found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
+    if mean is not None:
+        found = found._replace(mean_logit=mean.contiguous())
+    out = _Gradients(a, mask, a.weight.dtype)
+    if any(mask) and not grads.all_none():
+        _run(a, 0, found, grads, out)
+    return out.result()
+
+
+def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
+    """Statistics, and gradients while each chunk's logits are there: three products."""
+    if _is_anchored(a, stats, grads, mask):
+        from ..kernels import anchored
+
+        with _device(a.x):
+            return anchored.with_grad(a, stats, grads, mask)
+    needed = stats
+    if grads.mean is not None:
+        needed |= MEAN | LSE
+    if grads.lse is not None or grads.lse_slope is not None:
+        needed |= LSE
+    found = _empty_stats(a, needed)
+    # Normalised row gradients are near one: their sum over rows may pass the largest fp16 number.
+    out = _Gradients(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
+    _run(a, needed, found, grads if any(mask) and not grads.all_none() else None, out)
+    nothing = _empty_stats(a, 0)
+    asked = (LSE, TARGET, SUM, MEAN, MAX, ARGMAX)
+    return (Stats(*(f if stats & bit else e for f, e, bit in zip(found, nothing, asked))), *out.result())
+
+
+def _is_anchored(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> bool:
+    reason = _why_rows(a, stats, grads, mask)
+    if log.isEnabledFor(logging.DEBUG):
+        _log_choice(tuple(a.x.shape), a.weight.shape[0], a.x.dtype, stats, grads is not None, reason)
+    if reason is None:
+        _assert_targets(a.target, a.weight.shape[0])
+    return reason is None
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_choice(x: tuple[int, ...], V: int, dtype: torch.dtype, stats: int, grads: bool, reason: str | None) -> None:
+    """Once for each choice: the cache is what forgets repetitions."""
+    chosen = "anchored softmax" if reason is None else f"row kernel: {reason}"
+    log.debug("N=%d H=%d V=%d %s stats=%d gradients=%s: %s", *x, V, dtype, stats, grads, chosen)
+
+
+def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> str | None:
+    """Why the anchored softmax does not do; None where it does."""
+    (N, H), V = a.x.shape, a.weight.shape[0]
+    g = grads or RowGrads()
+    if not a.x.is_cuda or _capability(a.x.device) not in _ANCHORED_CAPABILITIES:
+        return "not chosen on this device"
+    if a.x.dtype != torch.bfloat16:
+        return "bf16 only: exponentials need its range"
+    if stats & ~_ANCHORED_STATS or g.mean is not None:
+        return "a statistic that needs every logit"
+    if a.target is not None and a.target.shape[1] > 1:
+        return "more than one target column"
+    if (stats & SUM or g.sum is not None) and any(step[0] not in _AFFINE for step in a.epilogue):
+        return "sum of logits behind an epilogue that is not affine"
+    if N < _ANCHORED_LEAST_N or V < _ANCHORED_LEAST_V:
+        return "too small"
+    if H % 8 or a.weight.stride(1) != 1 or a.weight.stride(0) % 8 or a.weight.data_ptr() % 16:
+        return "the weight's rows are not contiguous and 16-byte aligned"
+    if grads is not None and (not any(mask) or g.all_none()):
+        return "no gradient"
+    if mask[2] and not mask[1]:
+        return "gradient of the bias without the weight's"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gradients | None) -> None:
+    from ..kernels import rows
+
+    N, H = a.x.shape
+    V = a.weight.shape[0]
+    x, weight = _for_products(a.x), _for_products(a.weight)
+    bias, class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
+    _assert_targets(a.target, V)
+    p = plan(N, H, V, x.element_size(), a.chunk_tokens, a.workspace_bytes, device="cuda")
+    columns = _columns(V, x.element_size())
+    buffer = x.new_empty(p.rows, p.row_stride)
+    for row0, n in p.bounds(N):
+        z, x_chunk = buffer[:n], x[row0 : row0 + n]
+        for c in columns:
+            torch.mm(x_chunk, weight[c].t(), out=z[:, c])
+        with _device(x):
+            rows.launch(z, V, row0, bias, a.target, class_weight, a.epilogue, stats, found, grads)
+        if grads is not None and out is not None:
+            out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
+
+
+class _Gradients:
+    """dX by rows; dW and db summed over chunks, in fp32 (fp64) as soon as there are several."""
+
+    def __init__(self, a: HeadArgs, mask: Mask, dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.mask = a.weight.shape, dtype, mask
+        self.wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+        self.dx = a.x.new_empty(a.x.shape if mask[0] else (0,))
+        self.dw = a.x.new_empty(0, dtype=dtype)
+        self.db = a.x.new_empty(0, dtype=dtype)
+        self.empty = True
+
+    def add(self, row0: int, dz: Tensor, x: Tensor, weight: Tensor, columns: list[slice], last: bool) -> None:
+        """Take in a chunk's dZ: [n, row_stride], of which V columns count; `columns` are those of _columns."""
+        if self.mask[0]:
+            dx = self.dx[row0 : row0 + len(dz)]
+            for i, c in enumerate(reversed(columns)):  # the few columns first: their sum is rounded once more
+                product(dx, dz[:, c], weight[c], accumulate=i > 0)
+        if self.mask[1]:
+            if self.empty:
+                self.dw = x.new_empty(self.shape, dtype=self.dtype if last else self.wide)
+            for c in columns:
+                product(self.dw[c], dz[:, c].t(), x, accumulate=not self.empty)
+        if self.mask[2]:
+            column = dz[:, : self.shape[0]].sum(0, dtype=self.wide)
+            self.db = column if self.empty else self.db.add_(column)
+        self.empty = False
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dX, dW, and db as summed. The chunk must be free by now: the cast below is where both forms of dW exist."""
+        if self.empty:  # no rows, or nothing that depends on the head
+            self.dx.zero_()
+            self.dw = self.dx.new_zeros(self.shape if self.mask[1] else (0,), dtype=self.dtype)
+            self.db = self.dx.new_zeros(self.shape[:1] if self.mask[2] else (0,), dtype=self.dtype)
+        return self.dx, self.dw.to(self.dtype), self.db.to(self.wide)
+
+
+def _columns(V: int, itemsize: int) -> list[slice]:
+    """The classes, in pieces that products run well on.
+
+    Padded rows are not enough: cuBLAS looks at the sizes too, and an odd V costs up to seven times the time (93
+    TFLOP/s at V = 50257 against 628 at 50304, H100). So the last few classes get products of their own.
+    """
+    rest = V % (16 // itemsize)
+    return [slice(0, V - rest), slice(V - rest, V)] if rest and V >= _LEAST_SPLIT else [slice(0, V)]
+
+
+def _for_products(t: Tensor) -> Tensor:
+    """t itself where the library takes its strides, else a copy made once and not by every product."""
+    rows, columns = t.stride()
+    plain = (columns == 1 and rows >= t.shape[1]) or (rows == 1 and columns >= t.shape[0])
+    return t if plain else t.contiguous()
+
+
+def _empty_stats(a: HeadArgs, stats: int) -> Stats:
+    N = a.x.shape[0]
+    dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    columns = 0 if a.target is None else a.target.shape[1]
+
+    def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
+        return a.x.new_empty((N, *more) if stats & bit else (0,), dtype=dtype)
+
+    return Stats(new(LSE), new(TARGET, columns), new(SUM), new(MEAN), new(MAX), new(ARGMAX, dtype=torch.int64))
+
+
+def _assert_targets(target: Tensor | None, V: int) -> None:
+    """As eager on CUDA: a device-side assertion. The kernel reads nothing out of bounds either way."""
+    if target is not None and target.numel():
+        ok = ((target >= 0) & (target < V)) | (target == NO_TARGET)
+        torch._assert_async(ok.all(), f"target out of bounds: must be in [0, {V})")
+
+
+def _device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,141 @@
+"""Cases for the anchored softmax, checked against fp64: by the interpreter on the CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rows_cases import SOFTCAP, Case, compare, error, make, whole
+
+from lce_inductor.kernels import anchored
+from lce_inductor.ops.types import LSE, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+
+BF16 = Case(N=37, H=40, V=131, dtype=torch.bfloat16, chunk_tokens=16)
+CE = ("lse", "target")
+CASES = [
+    BF16,
+    dataclasses.replace(BF16, V=128, H=32, chunk_tokens=0),
+    dataclasses.replace(BF16, V=5, N=20),
+    dataclasses.replace(BF16, K=0, grads=("lse",)),
+    dataclasses.replace(BF16, grads=("lse", "lse_slope", "target", "sum"), class_weight=True, bias=True),
+    dataclasses.replace(BF16, grads=("lse", "target", "sum"), epilogue="mul 0.5;add 0.25;div 0.7", bias=True),
+    dataclasses.replace(BF16, grads=("sum",)),
+    dataclasses.replace(BF16, grads=("target",), bias=True),
+    dataclasses.replace(BF16, epilogue=SOFTCAP, bias=True),
+    dataclasses.replace(BF16, epilogue="mul 2.0;rsqrt_cap 15.0 225.0;add 0.25;sigmoid;mul 4.0"),
+    dataclasses.replace(BF16, scale=30.0),
+    dataclasses.replace(BF16, scale=200.0),
+]
+BIG = [
+    Case(N=1000, H=256, V=50257, dtype=torch.bfloat16, chunk_tokens=chunk, scale=scale, grads=grads)
+    for chunk, scale, grads in ((0, 1.0, CE), (384, 3.0, CE), (384, 20.0, (*CE, "sum")), (0, 200.0, CE))
+]
+
+
+def is_affine(case: Case) -> bool:
+    return all(step.split()[0] in ("mul", "div", "add") for step in case.epilogue.split(";") if step)
+
+
+def check(case: Case, device: str, factor: float) -> None:
+    """Forward, with_grad and backward: error <= factor * eager's, both against fp64."""
+    a, grads = make(case, device)
+    if case.K and set(case.grads) == set(CE):  # cross-entropy: nothing may cancel
+        grads = RowGrads(lse=grads.lse, target=-grads.lse[:, None])
+    stats = LSE | TARGET | (SUM if is_affine(case) else 0)
+    exact_stats, exact = whole(a, grads, torch.float64)
+    eager_stats, eager = whole(a, grads, case.dtype)
+    picked = [0, 1, 2] if stats & SUM else [0, 1]
+
+    def compare_stats(found: Stats) -> None:
+        chosen = [[s[i] for i in picked] for s in (found, eager_stats, exact_stats)]
+        compare(case, [Stats._fields[i] for i in picked], *chosen, factor)
+
+    mask = (True, True, case.bias)
+    compare_stats(anchored.forward(a, stats))
+    found, *gradients = anchored.with_grad(a, stats, grads, mask)
+    compare_stats(found)
+    compare(case, ("dx", "dw", "db"), gradients, eager, exact, factor)
+    assert all(g.dtype == torch.bfloat16 and g.is_contiguous() for g in gradients)
+
+    slope = 0 if grads.lse_slope is None else grads.lse_slope * found.lse
+    g_lse = slope if grads.lse is None else grads.lse + slope
+    plain = dataclasses.replace(grads, lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
+    gradients = anchored.backward(a, found.lse, plain, mask)
+    compare(case, ("dx", "dw", "db"), gradients, eager, exact, factor)
+
+
+def saturating(device: str, N: int, rows: list[int], spread: float = 200.0, H: int = 16, V: int = 70) -> HeadArgs:
+    """Logits of a few nats; in `rows` they spread over `spread` nats, the target at the bottom."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, H, generator=g) * 0.5
+    weight[:, 0] = torch.linspace(0, 1, V)
+    x = torch.randn(N, H, generator=g)
+    x[:, 0] = 0
+    target = torch.randint(0, V, (N, 1), generator=g)
+    x[rows] = 0
+    x[rows, 0] = spread
+    target[rows] = 0
+    dtype = torch.bfloat16
+    return HeadArgs(x.to(device, dtype), weight.to(device, dtype), None, target.to(device), None, (), 0, 1 << 30)
+
+
+def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_tokens: int = 0, **more: int) -> None:
+    """Rows beyond the room of bf16 come out as in fp64, and the rows beside them too."""
+    a = dataclasses.replace(saturating(device, N, rows, **more), chunk_tokens=chunk_tokens)
+    one = torch.full((N,), 1 / N, device=device)
+    grads = RowGrads(lse=one, target=-one[:, None])
+    exact_stats, exact = whole(a, grads, torch.float64)
+    found, *gradients = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    for got in (found, anchored.forward(a, LSE | TARGET)):
+        losses = [s.lse - s.target_logit[:, 0] for s in (got, exact_stats)]
+        assert error(*losses) < 1e-5, error(*losses)
+    for got, want in zip(gradients, exact[:2]):
+        assert error(got, want) < 5e-3 * factor, error(got, want)
+    if rows:
+        assert error(gradients[0][rows], exact[0][rows]) < 5e-3 * factor, error(gradients[0][rows], exact[0][rows])
+    # Without a target the anchor is a guess, and every one of these rows may miss.
+    a = dataclasses.replace(a, target=torch.full_like(a.target, NO_TARGET))
+    exact_stats, exact = whole(a, RowGrads(lse=one), torch.float64)
+    found, *gradients = anchored.with_grad(a, LSE, RowGrads(lse=one), (True, True, False))
+    assert error(found.lse, exact_stats.lse) < 1e-5, error(found.lse, exact_stats.lse)
+    for got, want in zip(gradients, exact[:2]):
+        assert error(got, want) < 5e-3 * factor, error(got, want)
+
+
+def check_not_finite(device: str) -> None:
+    """Infinite and NaN logits give the lse that logsumexp gives, and leave other rows' dX alone."""
+    V, H, inf, nan = 70, 8, float("inf"), float("nan")
+    weight = torch.zeros(V, H)
+    weight[:, 0] = torch.linspace(-2, 2, V)
+    for column, v, value in ((1, 3, -inf), (3, 5, inf), (4, 66, nan), (5, slice(None), -300.0)):
+        weight[v, column] = value
+    for column in (0, 1, 3, 4, 5):
+        z = weight[:, column]
+        for target in (3, 5, 66, NO_TARGET):
+            # One column is one row's logits: zeros times infinity would make NaN of the others.
+            a = HeadArgs(
+                torch.ones(1, 8).to(device, torch.bfloat16) * torch.eye(8)[0].to(device, torch.bfloat16),
+                torch.stack([z, *[torch.zeros(V)] * 7], 1).to(device, torch.bfloat16),
+                None, torch.tensor([[target]], device=device), None, (), 0, 1 << 30,
+            )  # fmt: skip
+            want = z.bfloat16().double().logsumexp(0)
+            got = anchored.forward(a, LSE | TARGET)
+            torch.testing.assert_close(got.lse.cpu()[0].double(), want, rtol=1e-6, atol=1e-5, equal_nan=True)
+            if target != NO_TARGET:
+                picked = z.bfloat16()[target].float()
+                torch.testing.assert_close(got.target_logit.cpu()[0, 0], picked, equal_nan=True)
+
+
+def check_confident(device: str) -> None:
+    """Rows with a target probability near one: their gradient is what is left, and it does not cancel."""
+    a, grads = make(dataclasses.replace(BF16, N=64, scale=0.5), device)
+    one = torch.ones(64, device=device)
+    target = a.target.clamp(min=0)
+    x = (a.weight[target[:, 0]].float() * 200).to(a.x.dtype)
+    a = dataclasses.replace(a, x=x, target=target)
+    grads = RowGrads(lse=one, target=-one[:, None])
+    exact_stats, exact = whole(a, grads, torch.float64)
+    _, eager = whole(a, grads, torch.bfloat16)
+    _, *found = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    assert (exact_stats.lse - exact_stats.target_logit[:, 0]).median() < 1e-3
+    compare(BF16, ("dx", "dw"), found, eager, exact, 1.25)

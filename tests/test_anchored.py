@@ -1,0 +1,101 @@
+"""The anchored softmax: every case under Triton's interpreter or on a GPU; compiled for one that need not be there."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+# Older interpreters hold scalars as arrays of one element, which NumPy 2.4 no longer takes as a loop's bound.
+OLD_INTERPRETER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+if INTERPRETED or ON_GPU:
+    import anchored_cases as cases
+
+    DEVICE = "cpu" if INTERPRETED else "cuda"
+    # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
+    FACTOR = 2.5 if INTERPRETED else 1.25
+
+    @pytest.mark.parametrize("case", cases.CASES + ([] if INTERPRETED else cases.BIG), ids=str)
+    def test_against_fp64(case):
+        cases.check(case, DEVICE, FACTOR)
+
+    @pytest.mark.parametrize("rows", [[], [5], [0, 17, 36], list(range(37))], ids=["none", "one", "some", "all"])
+    def test_saturated_rows(rows):
+        cases.check_saturation(DEVICE, 37, rows, FACTOR, chunk_tokens=32)
+
+    @pytest.mark.parametrize("name", ["not_finite", "confident"])
+    def test_special(name):
+        getattr(cases, f"check_{name}")(DEVICE)
+
+
+if ON_GPU and not INTERPRETED:
+
+    @pytest.mark.parametrize("rows", [[777], list(range(2000))], ids=["one", "all"])
+    def test_saturated_rows_of_many(rows):
+        cases.check_saturation("cuda", 2000, rows, FACTOR, chunk_tokens=768, H=128, V=5003)
+
+
+if not INTERPRETED and not torch.cuda.is_available():
+
+    @pytest.mark.skipif(OLD_INTERPRETER, reason="Triton's interpreter is too old for loops with bounds from arguments")
+    def test_under_the_interpreter():
+        """A process of its own: Triton reads the variable when a kernel is defined."""
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            check=False, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+    @pytest.mark.parametrize("inner", [768, 4096])
+    @pytest.mark.parametrize("run", ["logits", "sums", "max", "redo"])
+    def test_compiles_for_sm_90_without_a_gpu(run, inner):
+        from lce_inductor.kernels import tuning
+
+        ptx = compile_logits_kernel(run, tuning.tiles((9, 0), "sums" if run == "sums" else "logits", inner))
+        assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx
+        assert "st.local" not in ptx
+        if run != "max":
+            assert set(re.findall(r"ex2[.\w]*", ptx)) == {"ex2.approx.ftz.f32"}  # one instruction, not four
+
+
+def compile_logits_kernel(run: str, t) -> str:
+    """PTX of the product with the arguments of cross-entropy."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from lce_inductor.kernels.anchored_kernels import logits_kernel as kernel
+
+    store = run in ("logits", "redo")
+    descriptors = {
+        "x_desc": f"tensordesc<bf16[{t.rows}, {t.depth}]>",
+        "w_desc": f"tensordesc<bf16[{t.columns}, {t.depth}]>",
+        "e_desc": f"tensordesc<bf16[{t.rows}, {t.columns // t.split}]>",
+    }
+    pointers = {"target_ptr": "i64", "flag_ptr": "i32", "any_ptr": "i32"}
+    constants = {
+        "bias_ptr": None, "stride_t": 1, "STEPS": (), "STORE": store, "SUM": run != "max", "MAX": run == "max",
+        "REDO": run == "redo", "COMPILED": True, "BLOCK_N": t.rows, "BLOCK_V": t.columns, "BLOCK_H": t.depth,
+        "SPLIT": t.split, "GROUP": t.group, "FLATTEN": t.flatten and run in ("logits", "sums"),
+    }  # fmt: skip
+    if not store:
+        constants["e_desc"] = None
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in descriptors:
+            signature[name] = descriptors[name]
+        else:
+            signature[name] = "*" + pointers.get(name, "fp32") if name.endswith("_ptr") else "i32"
+            if name.endswith("_ptr") or name == "H":
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": t.warps, "num_stages": t.stages}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]

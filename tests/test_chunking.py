@@ -1,0 +1,113 @@
+"""Chunk plans: sizes in, rows out; no torch needed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lce_inductor.ops.chunking import POLICIES, anchored_peak_bytes, peak_bytes, plan
+
+GIB = 1 << 30
+
+
+def cuda(N, H, V, itemsize=2, chunk_tokens=0, workspace_bytes=GIB):
+    return plan(N, H, V, itemsize, chunk_tokens, workspace_bytes, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "N, H, V, rows, count",
+    [
+        (32768, 768, 50304, 3328, 10),
+        (32768, 768, 50257, 3328, 10),
+        (16384, 896, 151936, 3328, 5),
+        (16384, 2048, 131072, 4096, 4),
+        (8192, 2304, 256000, 2048, 4),
+        (10007, 1000, 32003, 3456, 3),
+        (16384, 4096, 128256, 4096, 4),
+        (81920, 4096, 128256, 4096, 20),
+    ],
+)
+def test_benchmark_shapes(N, H, V, rows, count):
+    p = cuda(N, H, V)
+    assert (p.rows, p.count) == (rows, count)
+
+
+@pytest.mark.parametrize(
+    "N, H, V, gib",
+    [
+        (32768, 768, 50304, 0.55),
+        (32768, 768, 50257, 0.6),
+        (16384, 896, 151936, 1.6),
+        (16384, 2048, 131072, 2.1),
+        (8192, 2304, 256000, 4.2),
+        (10007, 1000, 32003, 0.4),
+        (16384, 4096, 128256, 3.2),
+        (81920, 4096, 128256, 3.7),
+    ],
+)
+def test_peak_within_target(N, H, V, gib):
+    assert peak_bytes(cuda(N, H, V), N, H, V, 2, dx=True, dw=True) <= gib * GIB
+
+
+@pytest.mark.parametrize(
+    "N, H, V, gib",
+    [
+        (32768, 768, 50304, 0.55),
+        (32768, 768, 50257, 0.6),
+        (16384, 896, 151936, 1.6),
+        (16384, 2048, 131072, 2.15),
+        (8192, 2304, 256000, 4.2),
+        (10007, 1000, 32003, 0.4),
+        (16384, 4096, 128256, 3.2),
+        (81920, 4096, 128256, 3.7),
+    ],
+)
+def test_peak_of_the_anchored_softmax(N, H, V, gib):
+    assert anchored_peak_bytes(cuda(N, H, V), N, H, V, dx=True, dw=True) <= gib * GIB
+
+
+@given(
+    N=st.integers(0, 100_000),
+    H=st.integers(1, 8192),
+    V=st.integers(1, 300_000),
+    itemsize=st.sampled_from([2, 4, 8]),
+    chunk_tokens=st.integers(0, 10_000),
+    workspace_bytes=st.integers(1, 4 * GIB),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+def test_covers_every_row_once_within_budget(N, H, V, itemsize, chunk_tokens, workspace_bytes, device):
+    policy = POLICIES[device]
+    p = plan(N, H, V, itemsize, chunk_tokens, workspace_bytes, device)
+    bounds = p.bounds(N)
+    assert len(bounds) == p.count
+    assert sum(n for _, n in bounds) == N and all(0 < n <= p.rows for _, n in bounds)
+    assert [start for start, _ in bounds] == [i * p.rows for i in range(p.count)]
+    assert p.row_stride % policy.align == 0 and V <= p.row_stride < V + policy.align
+    assert p.rows <= 1 or p.rows * p.row_stride * itemsize <= workspace_bytes
+    if chunk_tokens:
+        assert p.rows <= chunk_tokens
+    else:
+        assert p.rows <= policy.target_rows
+        if p.count > 1 and p.rows >= policy.tile:
+            assert p.rows % policy.tile == 0
+
+
+def test_chunk_tokens_is_taken_as_given():
+    assert cuda(1000, 64, 1000, chunk_tokens=300).bounds(1000) == [(0, 300), (300, 300), (600, 300), (900, 100)]
+
+
+def test_small_hidden_size_keeps_enough_rows():
+    assert cuda(100_000, 16, 50_000).rows == POLICIES["cuda"].least_rows
+
+
+def test_tiny_workspace_gives_one_row():
+    p = cuda(5, 64, 1000, workspace_bytes=1)
+    assert (p.rows, p.count) == (1, 5)
+
+
+def test_no_rows():
+    assert cuda(0, 64, 1000).bounds(0) == []
+
+
+def test_unknown_device_is_planned_as_a_cpu():
+    sizes = (1000, 64, 1001, 4, 0, GIB)
+    assert plan(*sizes, device="meta") == plan(*sizes, device="cpu")

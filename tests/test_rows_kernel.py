@@ -1,0 +1,88 @@
+"""The row kernel: every case under Triton's interpreter, and compiled for GPUs that need not be there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    import rows_cases
+
+    # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
+    FACTOR = 2.5
+
+    @pytest.mark.parametrize("case", rows_cases.CASES, ids=str)
+    def test_against_fp64(case):
+        rows_cases.check(case, "cpu", FACTOR)
+
+    @pytest.mark.parametrize("name", ["only_what_was_asked", "not_finite", "padding", "ties"])
+    def test_special(name):
+        getattr(rows_cases, f"check_{name}")("cpu")
+
+    def test_target_out_of_bounds():
+        a, _ = rows_cases.make(rows_cases.Case(), "cpu")
+        for bad in (a.weight.shape[0], -1):
+            a.target[1] = bad
+            with pytest.raises(RuntimeError, match="target out of bounds"):
+                rows_cases.cuda.forward(a, rows_cases.LSE)
+
+else:
+
+    def test_under_the_interpreter():
+        """A process of its own: Triton reads the variable when a kernel is defined."""
+        env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            check=False, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+    @pytest.mark.parametrize("arch", [80, 90])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("full", [False, True])
+    def test_compiles_without_a_gpu(arch, dtype, full):
+        from lce_inductor.kernels import rows
+
+        ptx = compile_rows_kernel(rows, arch, dtype, full)
+        # 16 bytes at a time although V is odd: the row stride is what masks.
+        assert dtype.itemsize == 8 or "v4" in ptx
+        assert "st.local" not in ptx
+
+
+def compile_rows_kernel(rows, arch: int, dtype: torch.dtype, full: bool) -> str:
+    """PTX of the kernel for V = 50257, with the arguments of cross-entropy or with all there are."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    wide = dtype == torch.float64
+    element = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    pointers = {"z_ptr": element, "bias_ptr": element, "target_ptr": "i64", "argmax_ptr": "i64"}
+    absent = () if full else ("bias_ptr", "class_weight_ptr", "g_slope_ptr", "g_sum_ptr", "g_mean_ptr")
+    layout = rows.config(50257, dtype.itemsize)
+    epilogue = rows.flatten((("div", 30.0), ("tanh",), ("mul", 30.0), ("sigmoid",), ("rsqrt_cap", 3.0, 9.0)))
+    constants = {
+        "K": 3 if full else 1, "LSE": True, "TARGET": True, "SUM": full, "MEAN": full, "MAX": full, "ARGMAX": full,
+        "GRAD": True, "STEPS": epilogue if full else (), "ACC": tl.float64 if wide else tl.float32,
+        "BLOCK_V": layout.block, "BLOCKS": -(-50257 // layout.block),
+    }  # fmt: skip
+    signature, attrs = {}, {}
+    for i, name in enumerate(rows.rows_kernel.arg_names):
+        if name in absent:
+            constants[name] = None
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + pointers.get(name, "fp64" if wide else "fp32")
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name == "row_stride":
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=rows.rows_kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": layout.warps}).asm["ptx"]
