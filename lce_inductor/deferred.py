@@ -1,0 +1,299 @@
+"""Logits that a compiled region returns without computing them.
+
+The pre-grad pass puts `defer_logits` in place of the logits that a graph returns beside a loss it has rewritten:
+
+    before                                          after
+    logits = linear(x, weight, bias)                deferred = defer_logits(x, weight, bias, ...)
+    loss = cross_entropy(logits, target)            loss = <row statistics of (x, weight, bias, target)>
+    return loss, logits                             return loss, deferred
+
+AOTAutograd traces through the op, takes the `DeferredLogits` it finds among the outputs apart into tensors that exist
+anyway (hidden states and weight, both detached) and puts it together again around the real ones after every call. No
+tangent of size N*V is asked for, because detached tensors need none; see `_NoGradient` for what a gradient meets.
+
+`defer_logits` is a CompositeImplicitAutograd op and not a Python function for the sake of caching: AOTAutograd's cache
+accepts any OpOverload as a call target, and such an op leaves no trace in the graph that Inductor compiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from .deferred_rules import View, answer, keeps_values, traced
+from .ops.epilogue import apply, parse
+
+_START = "these logits were returned by lce_inductor without being computed"
+_REMEDY = 'or keep real logits with lce_inductor.install(returned_logits="keep")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How the logits follow from hidden states and weight. AOTAutograd's cache pickles it; guards compare it.
+
+    compute_dtype is the dtype of the linear layer (what autocast made of it), dtypes what its result is cast to, one
+    after the other. The epilogue acts before the first of these casts or after it. views act on the logits at last.
+    """
+
+    epilogue: str
+    epilogue_after_cast: bool
+    compute_dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
+    requires_grad: bool
+    views: tuple[View, ...] = ()
+
+
+class _NoGradient(torch.autograd.Function):
+    """Makes deferred logits require a gradient, as eager's do, and raises when one arrives.
+
+    It is applied inside AOTAutograd's own Function, which marks the output as not differentiable. Autograd would detach
+    such an output, but it leaves a view as it is. So z.grad_fn is this node, and whatever is computed from z (also by a
+    custom autograd.Function, which __torch_function__ would not see) is connected to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> None:
+        # DDP passes outputs that the loss does not use through a Function of its own, which hands None on.
+        if grad is not None:
+            raise RuntimeError(
+                f"{_START}, and a gradient that reached them would be lost. Compute this part of the loss inside the "
+                f"compiled function, {_REMEDY}"
+            )
+
+
+class DeferredLogits(Tensor):
+    """Logits [..., V] of x [..., H], weight [V, H] and bias [V], computed when an operation asks for them.
+
+    Shape, dtype, device and requires_grad are those of the real logits. Row slices stay deferred, so do casts and views
+    that keep the vocabulary; reductions over the vocabulary are answered by chunks; anything else computes the logits,
+    each time anew: nothing of their size is kept.
+
+    Raises:
+        RuntimeError: when read after x, weight or bias were written to; when differentiated; when written to.
+    """
+
+    # Operations are handled below autograd, in __torch_dispatch__.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    # x, weight, bias (or not), and for each of them (or not):
+    # _owner   its base, if it is a view. A compiled graph returns an input as the same tensor, but a view of an input
+    #          as one with a version counter of its own: so the base is what to ask for the version.
+    # _sample  some of its values, copied: fused optimizers and writes through .data do not count versions.
+    inner: dict[str, Tensor]
+    _versions: dict[str, int | None]
+    _returned: Tensor
+    spec: Spec
+
+    @staticmethod
+    def __new__(cls, inner: dict[str, Tensor], spec: Spec, like: Any = None, versions: Any = None) -> DeferredLogits:
+        x = inner["x"]
+        size, stride = like or ((*x.shape[:-1], inner["weight"].shape[0]), None)
+        self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtypes[-1], device=x.device)
+        self.inner, self.spec = inner, spec
+        self._versions = versions or {n: _version(inner, n) for n in ("x", "weight", "bias") if n in inner}
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], Spec]:
+        return list(self.inner), self.spec
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> DeferredLogits:
+        # Detached again: at run time these can be parameters, whose .data may be replaced, or x can be returned, too.
+        z = DeferredLogits({name: t.detach() for name, t in inner.items()}, spec, (size, stride))
+        z._returned = inner["x"]  # CUDA graphs mark their outputs when they free them, those that are still alive
+        return _with_barrier(z)
+
+    def __getattr__(self, name: str) -> Any:
+        """x, weight, ...: this is also how a compiled function reads logits that it is given."""
+        if name not in self.__dict__.get("inner", ()):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "weight":
+            self._check()
+        return self.inner[name]
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of these logits, as an input of another compiled function, in AOTAutograd's cache."""
+        layout = [(n, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype) for n, t in self.inner.items()]
+        return repr((tuple(self.shape), self.device, self.requires_grad, self.spec, layout))
+
+    def _check(self, values: bool = True) -> None:
+        """Raises if the parts are no longer those of the call. values: look at their samples, too (synchronises)."""
+        weight = self.inner["weight"]
+        values = values and not traced(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        if values and weight.numel() and not weight.untyped_storage().nbytes():
+            raise RuntimeError(f"{_START}, and their weight was freed since (FSDP?). Read them before, {_REMEDY}")
+        for name, version in self._versions.items():
+            same, sample = _version(self.inner, name) == version, self.inner.get(f"{name}_sample")
+            if same and values and sample is not None:
+                with _disable_current_modes():  # Dynamo takes the real logits apart under a fake mode
+                    same = torch.equal(_bits(_sample(self.inner[name])), _bits(sample))
+            if not same:
+                raise RuntimeError(
+                    f"{_START}, and the {'hidden states' if name == 'x' else name} of their head changed since. Read "
+                    f"them before optimizer.step() (logits.detach().clone() makes them real), {_REMEDY}"
+                )
+
+    def derive(self, x: Tensor | None = None, copied: bool = False, **changes: Any) -> DeferredLogits:
+        """The same head on other rows, x, or with another spec. copied: x shares no memory with these rows."""
+        self._check(values=False)
+        inner, versions = dict(self.inner), dict(self._versions)
+        if x is not None:
+            inner["x"] = x
+            if copied:
+                inner.pop("x_owner", None)
+                versions["x"] = _version(inner, "x")
+            else:  # below autograd a view has a version counter of its own, too
+                inner.setdefault("x_owner", self.inner["x"])
+        like = changes.pop("like", None if x is not None else self)
+        spec = dataclasses.replace(self.spec, requires_grad=False, **changes)
+        return DeferredLogits(inner, spec, None if like is None else (like.shape, like.stride()), versions)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """The function from x to logits, once the parts are found to be unchanged."""
+        self._check()
+        spec, steps = self.spec, parse(self.spec.epilogue)
+        weight, bias = self.inner["weight"].to(spec.compute_dtype), self.inner.get("bias")
+        bias = None if bias is None else bias.to(spec.compute_dtype)
+
+        def logits(x: Tensor) -> Tensor:
+            # The reader may be under autocast; the logits are those of the moment of the call.
+            with torch.autocast(x.device.type, enabled=False):
+                z = F.linear(x, weight, bias)
+                z = z if spec.epilogue_after_cast else apply(steps, z)
+                z = z.to(spec.dtypes[0])
+                z = apply(steps, z) if spec.epilogue_after_cast else z
+                for dtype in spec.dtypes[1:]:
+                    z = z.to(dtype)
+                return z
+
+        return logits
+
+    def _compute(self) -> Tensor:
+        return functools.reduce(lambda z, view: view(z), self.spec.views, self.head()(self.inner["x"]))
+
+    def _real(self) -> Tensor:
+        """The logits as a plain tensor, behind the same barrier."""
+        with torch.enable_grad():
+            return self.clone()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        z = args[0] if args and isinstance(args[0], DeferredLogits) else None
+        if z is not None:
+            out = answer(func, z, *args[1:], **kwargs)
+            # Inside another compiled function all is real at once: if it is returned, its tangent is a plain tensor.
+            if isinstance(z.inner["x"], FunctionalTensor) and not keeps_values(func):
+                out = tree_map_only(DeferredLogits, DeferredLogits._compute, out)
+            if out is not NotImplemented:
+                return out
+        _refuse_writes(func, args, kwargs)
+        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._compute, (args, kwargs))
+        return func(*args, **kwargs)
+
+    # What reads a tensor's memory without an operation.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._real().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self._real().tolist()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real().__dlpack__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if traced(self.inner["x"]):  # wanted for a cache key (torch 2.11 and 2.12)
+            return str, (self._stable_hash_for_caching(),)
+        # Who unpickles eager's logits gets a leaf, too.
+        return self._real().detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return memo.setdefault(id(self), self._real())
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(f"{_START}, and have no memory: pass logits.clone(), {_REMEDY}")
+
+    def retain_grad(self) -> None:
+        raise RuntimeError(f"{_START}, and get no gradient: do without it, {_REMEDY}")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        # No values: a debugger that shows local variables must not allocate the logits.
+        return f"DeferredLogits(size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+def _version(inner: dict[str, Tensor], name: str) -> int | None:
+    t = inner.get(f"{name}_owner", inner[name])
+    return None if t.is_inference() else t._version  # inference tensors have none
+
+
+def _sample(t: Tensor) -> Tensor:
+    """About 4096 values of t, evenly spread. One step of an optimizer changes some of them, even in bf16."""
+    count = round(4096 ** (1 / t.dim()))
+    return t[tuple(slice(None, None, max(1, n // count)) for n in t.shape)].clone()
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])  # NaN equals NaN
+
+
+def _with_barrier(z: DeferredLogits) -> DeferredLogits:
+    if not z.spec.requires_grad or traced(z.inner["x"]):
+        return z
+    with torch.enable_grad():
+        return _NoGradient.apply(z.requires_grad_())
+
+
+def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_after_cast=False):
+    parse(epilogue)
+    given = {name: t for name, t in (("x", x), ("weight", weight), ("bias", bias)) if t is not None}
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
+    inner = {name: t.detach() for name, t in given.items()}
+    # x is cast here, in the graph, which fuses that into what computes x; the weight where it is read.
+    inner["x"] = inner["x"].to(compute_dtype)
+    owners = {f"{n}_owner": t._base.detach() for n, t in given.items() if t._is_view() and t.dtype == inner[n].dtype}
+    samples = {f"{n}_sample": _sample(t) for n, t in inner.items() if n != "x"}
+    spec = Spec(epilogue, epilogue_after_cast, compute_dtype, (dtype,), needs_grad)
+    return _with_barrier(DeferredLogits(inner | owners | samples, spec))
+
+
+_lib = torch.library.Library("lce_inductor", "FRAGMENT")
+_lib.define(
+    "defer_logits(Tensor x, Tensor weight, Tensor? bias, str epilogue, ScalarType compute_dtype, ScalarType dtype, "
+    "bool epilogue_after_cast=False) -> Tensor"
+)
+_lib.impl("defer_logits", _defer_logits, "CompositeImplicitAutograd")
+
+defer_logits = torch.ops.lce_inductor.defer_logits.default
+"""(x [..., H], weight [V, H], bias [V] or None, epilogue, compute_dtype, dtype, epilogue_after_cast) -> DeferredLogits.
+
+x, weight and bias are cast to compute_dtype, the linear layer is applied, then the epilogue (see ops/epilogue.py), then
+the cast to dtype; or with epilogue_after_cast the cast, then the epilogue in that dtype.
+"""
+
+
+# Collectives that write to their inputs; their schemas do not say so.
+_WRITING_COLLECTIVES = {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "recv_", "recv_any_source_"}
+
+
+def _refuse_writes(func: Any, args: tuple, kwargs: dict) -> None:
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
+    if func.namespace == "c10d" and func._schema.name.split("::")[1] in _WRITING_COLLECTIVES:
+        written = list(args)
+    if any(isinstance(t, DeferredLogits) for t in tree_iter(written)):
+        raise RuntimeError(f"{_START}, and {func} cannot write to them: write to a copy (logits.clone()), {_REMEDY}")
