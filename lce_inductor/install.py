@@ -29,6 +29,7 @@ def install(**settings: Any) -> None:
 
     Keyword arguments are the fields of Config. Installing twice with the same settings does nothing;
     other settings replace the earlier ones. Passes already in Inductor's hooks keep running, before ours.
+    From torch 2.13 on, Inductor's configuration belongs to a thread: install in the one that compiles.
 
     Raises:
         ValueError: a setting has a value that is not allowed.
@@ -68,7 +69,7 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Are the passes in Inductor's hooks right now?"""
+    """Are the passes in Inductor's hooks right now (from torch 2.13 on: in this thread)?"""
     return _installed is not None and _in_place(_installed)
 
 

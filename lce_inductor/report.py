@@ -85,7 +85,11 @@ def records_of(plans: list[Any], config: Any) -> list[HeadRecord]:
     for plan in plans:
         head, refusal = plan.head, plan.refusal
         known = info(head.node)
-        if known is None or (refusal is not None and not plan.terminals and not _worth_telling(plan, config)):
+        if known is None:
+            if refusal is not None:
+                found.append(_bare(head, refusal))
+            continue
+        if refusal is not None and not plan.terminals and not _worth_telling(plan, config):
             continue
         x = info(head.x)
         tokens, hidden = numel_hint(known.shape[:-1]), size_hint(x.shape[-1]) if x is not None else 0
@@ -110,6 +114,14 @@ def records_of(plans: list[Any], config: Any) -> list[HeadRecord]:
             )
         )
     return found
+
+
+def _bare(head: Any, refusal: Any) -> HeadRecord:
+    """The record of a head of which not even the shape is known."""
+    from .recognize.values import source
+
+    r = refusal.reason
+    return HeadRecord(source(head.node), "?", "?", 0, r.code, r.explanation, r.hint, _stop(refusal), (), (), "")
 
 
 def _worth_telling(plan: Any, config: Any) -> bool:

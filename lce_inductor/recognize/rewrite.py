@@ -64,7 +64,9 @@ def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, repla
 def _replace(node: Node, new: Any, replaced: dict[Node, Node]) -> None:
     if isinstance(new, tuple):
         for user in list(node.users):
-            _replace(user, new[item(user)], replaced)
+            index = item(user)
+            assert index is not None
+            _replace(user, new[index], replaced)
     else:
         node.replace_all_uses_with(new)
         replaced[node] = new

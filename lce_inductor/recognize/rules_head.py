@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..reasons import Refusal, refuse
 from .canon import Attr, Call, canonical, tensor_attr
 from .forms import ClassMap, Head, Ref
 from .values import Info, info, same_shape
@@ -18,22 +19,32 @@ from .values import Info, info, same_shape
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def head_of(call: Call) -> ClassMap | None:
-    """The form of a product that may be a head, or None."""
+def head_of(call: Call) -> tuple[Head, ClassMap | None, Refusal | None] | None:
+    """A product that may be a head, the form of its result, and what is wrong with it; None for anything else."""
     found = {"linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum}.get(call.name)
-    out = info(call.node)
-    if found is None or out is None or len(out.shape) < 1 or not out.plain or out.dtype not in DTYPES:
+    if found is None:
+        return None
+    node, out = call.node, info(call.node)
+    if out is None:
+        if call.name != "linear" or not isinstance(call.get("input"), Node):
+            return None
+        bare = Head(node, call.get("input"), call.get("weight"), False, None, torch.float32, 0)
+        return bare, None, refuse("no-shapes", node)
+    if len(out.shape) < 1 or not out.dtype.is_floating_point:
         return None
     parts = found(call, out)
     if parts is None:
         return None
     x, weight, transposed, bias = parts
-    if not all(_plain(call.node, ref) for ref in (x, weight, bias) if ref is not None):
-        return None
     weight, transposed = _peel_transpose(weight, transposed)
     class_dim = _class_dim(call, len(out.shape))
-    head = Head(call.node, x, weight, transposed, bias, out.dtype, out.shape[class_dim])
-    return ClassMap(head, (), class_dim, len(out.shape), out.dtype)
+    head = Head(node, x, weight, transposed, bias, out.dtype, out.shape[class_dim])
+    refusal = None
+    if not out.plain or not all(_plain(node, ref) for ref in (x, weight, bias) if ref is not None):
+        refusal = refuse("layout", node)
+    elif out.dtype not in DTYPES:
+        refusal = refuse("dtype", node, str(out.dtype))
+    return head, ClassMap(head, (), class_dim, len(out.shape), out.dtype), refusal
 
 
 _Parts = tuple[Ref, Ref, bool, "Ref | None"]

@@ -256,4 +256,4 @@ def index_rows(walk: Walk, call: Call, form: ClassMap, key: tuple[Any, ...]) -> 
 def _plain_range(call: Call) -> bool:
     """arange(n) or arange(0, n): without another start or step."""
     args = list(call.node.args)
-    return len(args) == 1 or (len(args) == 2 and args[0] == 0)
+    return len(args) == 1 or (len(args) == 2 and bool(args[0] == 0))

@@ -69,18 +69,20 @@ class Walk:
     def _read(self, node: Node) -> None:
         call = canonical(node)
         inputs = [self.forms[a] for a in node.all_input_nodes if a in self.forms]
-        head = head_of(call) if call is not None else None
-        if head is not None:  # also of a form: what looked like logits was the layer before
-            self.plans[node] = HeadPlan(head.head)
-            self._learn(node, head)
+        found = head_of(call) if call is not None else None
+        if found is not None:  # also of a form: what looked like logits was the layer before
+            head, form, refusal = found
+            self.plans[node] = HeadPlan(head, refusal=refusal)
+            if form is not None:
+                self._learn(node, form)
         if not inputs:
             return
         outcome = RULES[call.name](self, call, inputs[0]) if call is not None and call.name in RULES else None
         if outcome is None:
             outcome = refuse("two-heads" if len({f.head for f in inputs}) > 1 else "escape", node)
         if isinstance(outcome, Refusal):
-            for form in inputs:
-                self._refuse(form, outcome)
+            for each in inputs:
+                self._refuse(each, outcome)
         elif isinstance(outcome, Terminal):
             self.plans[outcome.form.head.node].terminals.append(outcome)
         else:

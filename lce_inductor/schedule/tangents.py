@@ -219,7 +219,11 @@ class _Evaluate:
             if part == (None, None):
                 parts.append(None)
                 continue
-            filled = {i: p if p is not None else self._zeros_like(node.args[i]) for i, p in zip(indices, part)}
+            shape = node.meta["val"].shape
+            whole = node.target not in _SCATTER and any(
+                p is not None and len(p.meta["val"].shape) == len(shape) for p in part
+            )
+            filled = {i: p if p is not None else self._zeros_like(node.args[i], whole) for i, p in zip(indices, part)}
             parts.append(self._copy(node, filled))
         return Affine(*parts)
 
@@ -272,13 +276,14 @@ class _Evaluate:
             rows = self._sym_size(self.forward.args[0], 0, rows)
         return self._write(aten.full.default, ([rows], fill), self.lse, {"dtype": value.dtype, "device": value.device})
 
-    def _zeros_like(self, node: Any) -> Any:
+    def _zeros_like(self, node: Any, scalar: bool) -> Any:
         if not isinstance(node, Node):
             return node
         if _is_zero(node):
             return self._clean(node)
         value = node.meta["val"]
-        if value.dim() == 0:
+        # Where the other operand has the result's shape, a scalar broadcasts.
+        if value.dim() == 0 or scalar:
             return self._write(aten.full.default, ([], 0), node, {"dtype": value.dtype, "device": value.device})
         raise _NotLinear("a part of a row gradient depends on lse, another does not")
 
