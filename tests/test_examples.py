@@ -1,0 +1,200 @@
+"""The main example: a very small run from start to end, and its parts."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+for package in ("tokenizers", "rich", "matplotlib"):
+    pytest.importorskip(package)
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of the example, whose folder is no package, and forget it afterwards."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for path in EXAMPLES.glob("*.py"):
+        if path.stem not in before:
+            sys.modules.pop(path.stem, None)
+
+
+def test_tiny_run(tmp_path: Path) -> None:
+    picture, numbers = tmp_path / "curves.png", tmp_path / "numbers.json"
+    sizes = "--batch 4 --block 32 --layers 1 --heads 2 --embd 16 --vocab-size 600 --corpus-mb 0.3"
+    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), "--device", "cpu", *sizes.split()]
+    command += ["--steps", "20", "--learning-rate", "0.01"]
+    command += ["--min-logits-bytes", "0", "--cache-dir", str(tmp_path), "--out", str(picture), "--json", str(numbers)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # starting a pool takes longer than these few kernels
+        "OMP_NUM_THREADS": "1",  # on a busy machine threads wait for each other far longer than these kernels take
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    for row in ("peak memory", "tokens/s", "compile time", "first loss", "last loss", "heads rewritten"):
+        assert row in done.stdout
+    assert picture.read_bytes().startswith(PNG_SIGNATURE)
+    assert picture.stat().st_size > 10_000
+
+    runs = json.loads(numbers.read_text())
+    without, with_pass = runs["without"], runs["with"]
+    assert without["counters"].get("rewritten", 0) == 0
+    assert with_pass["counters"]["rewritten"] == 1
+    torch.testing.assert_close(torch.tensor(with_pass["losses"]), torch.tensor(without["losses"]), rtol=1e-4, atol=0)
+    for run in (without, with_pass):
+        assert len(run["losses"]) == 20
+        assert run["losses"][-1] < run["losses"][0]
+        assert run["peak"] == run["resident"] + max(run["step_bytes"])
+        # All that the step allocates it also releases.
+        assert run["step_bytes"][-1] == pytest.approx(0, abs=1024)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--steps 4", "--steps: '4': must be an integer >= 5"),
+        ("--steps many", "--steps: 'many': must be an integer >= 5"),
+        ("--batch 0", "--batch: '0': must be an integer >= 1"),
+        ("--vocab-size 256", "--vocab-size: '256': must be an integer >= 257"),
+        ("--device tpu", "--device: 'tpu': must be auto, cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--learning-rate nan", "--learning-rate: 'nan': must be a number > 0"),
+        ("--corpus-mb -1", "--corpus-mb: '-1': must be a number > 0"),
+        ("--embd 100 --heads 3", "--embd 100 must be a multiple of --heads 3"),
+        ("--out curves.jpg", "--out curves.jpg: must end in .png"),
+        ("--out no/such/folder/curves.png", "--out no/such/folder/curves.png: there is no folder"),
+    ],
+)
+def test_bad_flag_is_named(
+    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    argv = flags.split() if "--device" in flags else ["--device", "cpu", *flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        load("options").parse(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_size_has_a_flag(load: Callable[[str], ModuleType]) -> None:
+    options = load("options")
+    wanted = {f.name: 8 for f in dataclasses.fields(options.Sizes)} | {"vocab_size": 300}
+    argv = [text for name, value in wanted.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert dataclasses.asdict(options.parse(["--device", "cpu", *argv]).sizes) == wanted
+
+
+def _run(load: Callable[[str], ModuleType], **changes: Any) -> Any:
+    usual = {
+        "losses": [5.0, 4.0, 3.0, 2.0],
+        "resident": 1000,
+        "peak": 2000,
+        "step_ms": [0.0, 1.0],
+        "step_bytes": [0, 1000],
+        "tokens_per_s": 10.0,
+        "compile_s": 1.0,
+        "logits_bytes": 500,
+        "tolerance": 1e-3,
+        "counters": {"rewritten": 1},
+    }
+    return load("summary").Run(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counters": {"refused": 2}}, "rewrote nothing (its counters: refused: 2)"),
+        ({"losses": [5.0, 5.0, 5.0, 5.0]}, "did not fall"),
+        ({"losses": [5.0, 4.0, 3.0, float("nan")]}, "is not finite"),
+        ({"losses": [5.0, 4.0, 3.0, 2.1]}, "differ by 1.0e-01"),
+    ],
+)
+def test_failure_is_loud(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    train_gpt = load("train_gpt")
+    monkeypatch.setattr(train_gpt, "run_in_fresh_process", lambda job: _run(load, **(changes if job.install else {})))
+    argv = ["--device", "cpu", "--cache-dir", str(tmp_path), "--out", str(tmp_path / "a.png"), "--control"]
+    assert train_gpt.main([*argv, "--vocab-size", "300", "--corpus-mb", "0.1", "--block", "8"]) == 1
+    assert message in capfd.readouterr().err
+
+
+def test_timeline_is_exact(load: Callable[[str], ModuleType]) -> None:
+    def step() -> None:
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        second = torch.empty(2 << 20, dtype=torch.uint8)
+        del first
+        third = torch.empty(512 << 10, dtype=torch.uint8)
+        del second, third
+
+    timeline = load("step_memory").record_step(step, torch.device("cpu"))
+    assert [level >> 10 for level in timeline.bytes] == [0, 1024, 3072, 2048, 2560, 512, 0]
+    assert timeline.peak == 3 << 20
+    assert timeline.milliseconds == sorted(timeline.milliseconds)
+
+
+def test_resident_counts_a_storage_once(load: Callable[[str], ModuleType]) -> None:
+    storage = torch.zeros(64)
+    tensors = [storage, storage[8:], torch.zeros(4), torch.zeros(4, device="meta")]
+    assert load("step_memory").resident_bytes(tensors, torch.device("cpu")) == 4 * 64 + 4 * 4
+
+
+def test_batches(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    data = load("data")
+    path = tmp_path / "tokens.pt"
+    tokens = torch.arange(50, dtype=torch.int32) % 10
+    torch.save({"tokens": tokens, "vocab_size": 10, "end_of_file": 7}, path)
+    one, same, other = (data.Batches(path, 3, 12, seed) for seed in (1, 1, 2))
+    idx, targets = one.next(torch.device("cpu"))
+    assert idx.shape == targets.shape == (3, 12)
+    assert torch.equal(targets, torch.where(idx == 7, -1, (idx + 1) % 10))
+    assert all(torch.equal(a, b) for a, b in zip((idx, targets), same.next(torch.device("cpu")), strict=True))
+    assert not torch.equal(idx, other.next(torch.device("cpu"))[0])
+    assert data.Batches(path, 3, 48, 0).next(torch.device("cpu"))[1].shape == (3, 48)
+    with pytest.raises(ValueError, match="block = 49: the text has only 50 tokens"):
+        data.Batches(path, 3, 49, 0)
+
+
+def test_tokens_spell_the_text(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    data = load("data")
+    source = "def füñf(x):\n    return '€' * 5  # five\n"
+    (tmp_path / "a.py").write_text(source, "utf-8")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "b.py").write_text("not the standard library's", "utf-8")
+    corpus = data.Corpus(tmp_path, None)
+    tokenizer = data.train_tokenizer(corpus, 300)
+    ((count, tokens),) = data.encode(corpus, tokenizer)
+    assert count == 1
+    assert tokenizer.id_to_token(int(tokens[-1])) == data.END_OF_FILE
+    assert tokenizer.decode(tokens[:-1].tolist()) == source
+    with pytest.raises(FileNotFoundError, match="no Python sources"):
+        data.Corpus(tmp_path / "nothing", None)
+
+
+def test_model_file_is_plain_torch() -> None:
+    tree = ast.parse((EXAMPLES / "gpt.py").read_text("utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in imported if name} == {"__future__", "dataclasses", "math", "torch"}
