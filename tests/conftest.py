@@ -1,0 +1,36 @@
+"""What every test needs: no state of another test, and caches of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Set before torch is imported: worker processes of Inductor cost more than they give to small graphs.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+import lce_inductor
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No installed pass, no compiled code and no counts from before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+    lce_inductor.uninstall()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    lce_inductor.uninstall()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """The passes, for heads of every size."""
+    with lce_inductor.installed(min_logits_bytes=0):
+        yield

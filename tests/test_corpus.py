@@ -1,0 +1,145 @@
+"""Every spelling of the corpus: right results everywhere, no held logits where it must be rewritten.
+
+Runs go through all of Inductor's graph passes but not through its code generation (see corpus/harness.py). A few
+spellings are also compiled for real; `--full-inductor` does so with all (LCE_FULL_INDUCTOR=1 does the same).
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+from corpus import CASES, Case, Either, Refuse, Rewrite, harness
+from corpus.codes import UNSEEN
+from corpus.registry import Expectation
+
+import lce_inductor
+
+# One or two of each family that differ most in what Inductor then has to compile.
+SAMPLE = (
+    "plain/causal-lm-padded-labels",
+    "plain/weights-without-static-sizes",
+    "scale/everything-before-the-loss",
+    "rows/permute-bcn",
+    "rl/entropy-no-grad-beside-loss",
+    "smoothing/trainer",
+    "z-loss/pow-masked-sum-shifted",
+    "heads/mtp-shared-head",
+    "returned/nano-gpt",
+)
+GROWTH = 6  # tokens that the second call of a dynamic run has more
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_rewrite = pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if isinstance(c.expect, Rewrite)], ids=lambda c: c.name
+)
+
+
+def settle(case: Case, expect: Expectation, run: harness.Run) -> None:
+    """What became of the head."""
+    rewritten = run.counts["rewritten"]
+    codes = {k.removeprefix("refused:") for k in run.counts if k.startswith("refused:")}
+    seen = f"{case.name}: {rewritten} rewritten, refused {sorted(codes) or 'nothing'}"
+    assert "internal-error" not in codes, seen
+    if isinstance(expect, Refuse):
+        assert rewritten == 0 and expect.code in codes, f"{seen}; must be refused with {expect.code!r}"
+        return
+    if isinstance(expect, Either) and rewritten < case.heads:
+        assert (codes or {UNSEEN}) & set(expect.codes), (
+            f"{seen}; must be rewritten or refused with one of {expect.codes}"
+        )
+        return
+    assert rewritten >= case.heads, f"{seen}; must be rewritten {case.heads} times"
+    if case.rows and not case.keeps_logits:
+        worst = run.largest
+        held = f"{worst.largest_node} of the {worst.kind} graph has {worst.largest} elements, N * V = {case.limit}"
+        assert worst.largest < case.limit, f"{case.name}: {held}\n{worst.text}"
+
+
+def check(case: Case, dtype: torch.dtype, *, dynamic: bool = False, grad: bool = True, codegen: bool = False) -> None:
+    expect = case.expect if grad else case.no_grad
+    assert expect is not None
+    sizes = (0, GROWTH) if dynamic else (0,)
+    runs = harness.compiled_run(
+        case, dtype, package=lce_inductor, dynamic=dynamic, grad=grad, codegen=codegen, grow=sizes
+    )
+    settle(case, expect, runs[0])
+    if dynamic and not case.recompiles:
+        assert len(runs[0].graphs) == len(runs[-1].graphs), f"{case.name}: another length compiled another graph"
+    if runs[0].counts["rewritten"] == 0:
+        plain = harness.compiled_run(case, dtype, dynamic=dynamic, grad=grad, codegen=codegen, grow=sizes)
+        for ours, theirs in zip(runs, plain, strict=True):
+            harness.check_equal(case, ours, theirs)
+        return
+    for size, run in zip(sizes, runs, strict=True):
+        eager = harness.eager_run(case, dtype, grad=grad, grow=size)
+        reference, narrowest = harness.reference_run(case, dtype, grad=grad, grow=size)
+        harness.check_close(case, run, eager, reference, narrowest)
+
+
+@each_case
+def test_fp64(case: Case) -> None:
+    check(case, torch.float64)
+
+
+@each_case
+def test_fp32_dynamic(case: Case) -> None:
+    if not case.dynamic:
+        pytest.skip("no dynamic shapes here")
+    check(case, torch.float32, dynamic=True)
+
+
+@each_case
+def test_fp32_no_grad(case: Case) -> None:
+    if case.no_grad is None:
+        pytest.skip("makes no sense without gradients")
+    check(case, torch.float32, grad=False)
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [pytest.param(c, d, id=f"{c.name}-{str(d).removeprefix('torch.')}") for c in CASES.values() for d in c.low],
+)
+def test_low_precision(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@each_rewrite
+def test_limit_bites(case: Case) -> None:
+    """Without the package the same run does hold the logits: the check above is not empty."""
+    if case.no_grad is None or not case.rows:
+        pytest.skip("nothing to compare with")
+    (run,) = harness.compiled_run(case, torch.float32, grad=False)
+    assert run.largest.largest >= case.limit
+
+
+@each_case
+def test_aten_graph(case: Case) -> None:
+    """The same rules on the flat ATen graph that make_fx traces."""
+    if case.unbacked or not case.fullgraph or case.no_grad is None:
+        pytest.skip("not one graph")
+    before, after = harness.aten_runs(case, lce_inductor)
+    assert after.counts["refused:internal-error"] == 0
+    _, narrowest = harness.reference_run(case, torch.float64)
+    tolerance = 16 * torch.finfo(narrowest).eps if narrowest != torch.float64 else 1e-11
+    for name, value in after.results().items():
+        other = before.results()[name]
+        assert (value is None) == (other is None), f"{case.name}: {name}"
+        if value is not None and other is not None:
+            assert (value.dtype, value.shape) == (other.dtype, other.shape), f"{case.name}: {name}"
+            error = harness.relative_error(value, other)
+            assert error <= tolerance, f"{case.name}: {name}: relative error {error:.3g}"
+    if isinstance(case.expect, Rewrite):
+        assert after.counts["rewritten"] >= 1, f"{case.name}: {dict(after.counts)}"
+
+
+@each_case
+def test_full_inductor(case: Case, request: pytest.FixtureRequest) -> None:
+    """With code generation."""
+    everything = request.config.getoption("--full-inductor", default=False) or os.environ.get("LCE_FULL_INDUCTOR")
+    if case.name not in SAMPLE and not everything:
+        pytest.skip("needs --full-inductor")
+    # Half of them with dynamic shapes; zlib, since hash() differs from run to run.
+    check(case, torch.float32, dynamic=case.dynamic and zlib.crc32(case.name.encode()) % 2 == 0, codegen=True)
