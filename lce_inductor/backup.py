@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 
 class Backup:
@@ -16,12 +16,14 @@ class Backup:
         self.out_meta = next(n for n in reversed(graph.nodes) if n.op == "output").meta
 
     def restore(self) -> None:
-        nodes = list(self.graph.nodes)
+        # Placeholders stay: Dynamo knows them by more than their meta.
+        inputs = self.graph.find_nodes(op="placeholder")
+        env = dict(zip(self.copy.find_nodes(op="placeholder"), inputs))
+        nodes = [n for n in self.graph.nodes if n.op != "placeholder"]
         for node in nodes:  # a graph left half-way need not be in order
             node.args, node.kwargs = (), {}
         for node in reversed(nodes):
             self.graph.erase_node(node)
-        env: dict[Node, Node] = {}
         self.graph.graph_copy(self.copy, env)
         end = self.graph.output(torch.fx.map_arg(self.out, env.__getitem__))
         end.meta = dict(self.out_meta)

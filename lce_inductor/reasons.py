@@ -58,7 +58,11 @@ _ROWS = (
         "the logits are changed at the target before the softmax (margin softmax)",
         "none yet: the margin has to be seen by the fused op",
     ),
-    Reason("dtype", "the dtype of the logits is not fp64, fp32, bf16 or fp16", "cast the head to a supported dtype"),
+    Reason(
+        "dtype",
+        "the dtype of the logits is not fp64, fp32, bf16 or fp16, or the head's inputs differ in dtype",
+        "cast the head's inputs to one supported dtype",
+    ),
     Reason(
         "layout",
         "an input of the head is sparse, quantized or a tensor subclass",

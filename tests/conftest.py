@@ -17,6 +17,10 @@ import torch
 import lce_inductor
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-inductor", action="store_true", help="run every spelling with code generation")
+
+
 @pytest.fixture(autouse=True)
 def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No installed pass, no compiled code and no counts from before."""

@@ -293,10 +293,10 @@ def products(call: Callable[[], Any]) -> int:
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Largest number of bytes that a call holds at a time above what was there before, by torch's own allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found, tempfile.TemporaryDirectory() as at:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
-        found.stop()
-        trace = Path(at) / "trace.json"
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
         found.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")

@@ -103,7 +103,7 @@ def test_uuid_depends_on_the_settings_and_the_stage():
             {"gradients": "forward"},
             {"gradients": "recompute"},
             {"returned_logits": "keep"},
-        )  # fmt: skip
+        )
     }
     assert len(keys) == 14
     assert passes.RecognizePass(Config()).uuid() == passes.RecognizePass(Config()).uuid()

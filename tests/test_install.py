@@ -423,11 +423,14 @@ def test_torch_logs_and_the_users_source_line(tmp_path):
             """
         )
     )
+    environment = {"TORCH_LOGS": "+lce_inductor", "TORCH_TRACE": str(tmp_path / "trace")}
     found = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TORCH_LOGS": "+lce_inductor", "PYTHONPATH": str(Path(lce_inductor.__file__).parent.parent)},
+        env={**os.environ, **environment, "PYTHONPATH": str(Path(lce_inductor.__file__).parent.parent)},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
+    trace = "".join(path.read_text() for path in (tmp_path / "trace").iterdir())
+    assert trace.count('"name": "lce_inductor_heads"') == 2 and '"code": "escape"' in trace
     text = found.stderr
     assert "train.py:7: logits = F.linear(x, w)" in text and "24x37 logits" in text
     assert "head_stats" in text and "cross_entropy" in text

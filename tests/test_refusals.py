@@ -114,7 +114,7 @@ CASES: dict[str, dict[str, Fn]] = {
 }  # fmt: skip
 
 # Codes that no function of plain tensors on one device can show; each has a test of its own below.
-ELSEWHERE = {"no-loss", "internal-error", "lora"}
+ELSEWHERE = {"no-loss", "internal-error", "lora", "no-shapes", "layout", "dtype"}
 
 NAMES = [(code, name) for code, found in CASES.items() for name in found]
 
@@ -198,19 +198,31 @@ def test_no_loss():
     assert plan.refusal.reason.code == "no-loss" and str(gm.graph) == before
 
 
-def test_without_shapes_nothing_happens():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(8, V)
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, V)
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(x), y)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(x), y)
 
-    gm = torch.fx.symbolic_trace(Model())
+
+def test_no_shapes():
+    gm = torch.fx.symbolic_trace(Head())
     before = str(gm.graph)
-    plans = recognize(gm.graph, Config(min_logits_bytes=0))
-    assert [p.refusal.reason.code for p in plans] in ([], ["no-shapes"]) and str(gm.graph) == before
+    (plan,) = recognize(gm.graph, Config(min_logits_bytes=0))
+    assert plan.refusal.reason.code == "no-shapes" and str(gm.graph) == before
+
+
+def test_dtype():
+    """A float that the op does not take, as 8-bit heads have it."""
+    x, _, y = head()
+    gm = symbolic_graph(Head(), x.detach(), y, fake=False)
+    node = next(n for n in gm.graph.nodes if n.op == "call_module")
+    node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(dtype=torch.float8_e4m3fn)
+    before = str(gm.graph)
+    (plan,) = recognize(gm.graph, Config(min_logits_bytes=0))
+    assert plan.refusal.reason.code == "dtype" and str(gm.graph) == before
 
 
 @pytest.mark.parametrize("what", ["complex", "sparse", "int8"])
@@ -231,7 +243,7 @@ def test_inputs_that_are_no_dense_floats(what, installed):
         assert not compiled.counts["rewritten"]
 
 
-def test_tensor_subclass():
+def test_layout():
     """A traceable wrapper as weight: its product is not an ordinary one."""
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -239,8 +251,8 @@ def test_tensor_subclass():
     both = TwoTensor(w, w.clone())
     gm = dynamo_graph(lambda x, w, y: F.cross_entropy(F.linear(x, w), y), x, both, y)
     before = str(gm.graph)
-    plans = recognize(gm.graph, Config(min_logits_bytes=0))
-    assert [p.refusal.reason.code for p in plans] in ([], ["layout"]) and str(gm.graph) == before
+    (plan,) = recognize(gm.graph, Config(min_logits_bytes=0))
+    assert plan.refusal.reason.code == "layout" and str(gm.graph) == before
 
 
 def test_one_of_two_heads_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,15 @@ def head_stats(
     Returns statistics shaped [...], target_logit [..., K]; what `stats` does not ask for is empty.
     """
     rows = x.shape[:-1]
+    # A label that happens to be NO_TARGET (NaN.long() is) has to stay out of bounds.
     columns = [
-        torch.where(t == ignored, NO_TARGET, t.long()).reshape(-1) for t, ignored in zip(targets, ignore_indices)
+        torch.where(t == ignored, NO_TARGET, t.long().clamp(min=NO_TARGET + 1)).reshape(-1)
+        for t, ignored in zip(targets, ignore_indices)
     ]
     target = torch.stack(columns, 1) if columns else None
+    flat = x.reshape(math.prod(rows), x.shape[-1])
     found = torch.ops.lce_inductor.row_stats(
-        x.reshape(-1, x.shape[-1]), weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes
+        flat, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes
     )
     return tuple(
         found_one.reshape((*rows, *found_one.shape[1:])) if stats & (1 << i) else found_one

@@ -32,7 +32,7 @@ def recognize(graph: Graph, config: Config) -> list[HeadPlan]:
         for plan in plans:
             if plan.refusal is not None:
                 continue
-            placed = place(walk, plan)
+            placed = place(walk, plan, replaced)
             if isinstance(placed, Refusal):
                 plan.refusal = placed
                 continue

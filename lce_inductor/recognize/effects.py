@@ -70,7 +70,8 @@ class Effects:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.writes: dict[Node, list[Node]] = {}
         self._grad_off: dict[Node, bool] = {}
-        off = False
+        self._autocast: dict[Node, bool] = {}
+        off, regions = False, 0
         for node in graph.nodes:
             changed = written(node)
             if changed is not None:
@@ -81,11 +82,22 @@ class Effects:
                 off = node.args[0] is True
             elif getattr(node.target, "__name__", "") == "_exit_inference_mode":
                 off = False
+            elif getattr(node.target, "__name__", "") == "_enter_autocast":
+                regions += 1
+            elif getattr(node.target, "__name__", "") == "_exit_autocast":
+                regions -= 1
             self._grad_off[node] = off
+            self._autocast[node] = regions > 0
 
     def grad_off(self, node: Node) -> bool:
         """Is the node inside a no_grad block of this graph? (The mode around the graph is nobody's change.)"""
         return self._grad_off[node]
+
+    def autocast(self, node: Node) -> bool:
+        """May autocast have chosen the dtype of the node's result? In this graph, or around it."""
+        value = node.meta.get("example_value", node.meta.get("val"))
+        kind = value.device.type if isinstance(value, torch.Tensor) else "cpu"
+        return self._autocast[node] or torch.is_autocast_enabled(kind)
 
     def may_write(self, write: Node, value: Node) -> bool:
         """May this in-place node change the memory of `value`? Unknown memory counts as yes."""

@@ -57,22 +57,29 @@ def selecting(rows: tuple[RowOp, ...]) -> tuple[RowOp, ...]:
     return rows[: last + 1]
 
 
-def place(walk: Walk, plan: HeadPlan) -> list[Group] | Refusal:
+def place(walk: Walk, plan: HeadPlan, replaced: dict[Node, Node]) -> list[Group] | Refusal:
     """Group a head's terminals and find where their statistics can be computed.
 
     Right after the linear is best: x and the weight have the values, and the grad mode is the one, that the
     linear saw. If a target can't be brought there, right before the first loss, where everything is at hand.
+    replaced: nodes of heads that were rewritten before, and what stands for them now.
     """
     head, effects = plan.head, walk.effects
+
     # The backward reads x and the weight again; a graph that changes them afterwards had its own reasons to be right.
-    own = [ref for ref in (head.x, head.weight, head.bias) if isinstance(ref, Node)]
+    def now(node: Node) -> Node:
+        while node in replaced:
+            node = replaced[node]
+        return node
+
+    own = [now(ref) for ref in (head.x, head.weight, head.bias) if isinstance(ref, Node)]
     late = [w for w in effects.writes if effects.order[w] > effects.order[head.node]]
     changed = next((w for w in late for ref in own if effects.may_write(w, ref)), None)
     if changed is not None:
         return refuse("mutated", changed)
     groups = _groups(plan)
     for group in groups:
-        uses = [(ref, t.node) for t in group.terminals for ref in _operands(group, t)]
+        uses = [(now(ref), t.node) for t in group.terminals for ref in _operands(group, t)]
         moved = effects.movable_up(uses, head.node)
         if moved is not None:
             group.moved = moved

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..reasons import refuse
 from .canon import Call, canonical
 from .edits import fold, number
-from .forms import ClassMap, Edit, OneHot, OneHotProduct, Outcome, Product, Squared, rule
+from .forms import ClassMap, Edit, Head, OneHot, OneHotProduct, Outcome, Product, Squared, rule
 from .rules_head import DTYPES
 from .values import info, same
 
@@ -158,8 +158,9 @@ def add(walk: Walk, call: Call, form: Any) -> Outcome:
         left, right = right, left
     a, b = walk.form(left), walk.form(right)
     if a is not None and b is not None:
-        code = "margin" if isinstance(a, OneHot) or isinstance(b, OneHot) else "escape"
-        return refuse("two-heads" if a.head is not b.head else code, call.node)
+        if a.head is not b.head:
+            return refuse("lora" if _adapter(a.head, b.head) else "two-heads", call.node)
+        return refuse("margin" if isinstance(a, OneHot) or isinstance(b, OneHot) else "escape", call.node)
     form, other = (a, right) if a is not None else (b, left)
     c = number(other)
     if isinstance(form, Squared):
@@ -178,6 +179,12 @@ def add(walk: Walk, call: Call, form: Any) -> Outcome:
     if extent == "all":
         return refuse(_full_addend(other), call.node)
     return None
+
+
+def _adapter(a: Head, b: Head) -> bool:
+    """Is one of two linears that are added the second half of a low-rank product?"""
+    inner = [known.shape[-1] for h in (a, b) if (known := info(h.x)) is not None]
+    return len(inner) == 2 and all(isinstance(s, int) for s in inner) and 2 * min(inner) <= max(inner)
 
 
 def _shifted(form: ClassMap, sign: int, other: Node, log: bool, call: Call) -> ClassMap | None:
@@ -201,7 +208,7 @@ def _full_addend(node: Any) -> str:
             return "lora"
         if call.name.rstrip("_") in ("one_hot", "scatter", "scatter_add"):
             return "margin"
-        node, seen = call.get("input"), seen + 1
+        node, seen = next((a for a in (call.get("input"), call.get("other")) if isinstance(a, Node)), None), seen + 1
     return "escape"
 
 

@@ -69,7 +69,8 @@ def reshape(walk: Walk, call: Call, form: Any) -> Outcome:
     if not sizes or any(not _size(s) for s in sizes):
         return None
     moved = _append(call, form, RowOp("reshape", (*sizes[:-1], CLASSES)))
-    return refuse("class-dim", call.node) if moved is None and isinstance(form, ClassMap) else moved
+    mixed = moved is None and isinstance(form, ClassMap) and not form.offset
+    return refuse("class-dim", call.node) if mixed else moved
 
 
 def _size(value: Any) -> bool:

@@ -14,7 +14,7 @@ from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: 
 from .canon import canonical
 from .effects import Effects
 from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal
-from .rules_head import head_of
+from .rules_head import head_of, ref_info
 from .rules_in_place import in_place
 from .values import info, numel_hint
 
@@ -72,6 +72,9 @@ class Walk:
         found = head_of(call) if call is not None else None
         if found is not None:  # also of a form: what looked like logits was the layer before
             head, form, refusal = found
+            refs = [ref_info(node, ref) for ref in (head.x, head.weight, head.bias) if ref is not None]
+            if refusal is None and any(r and r.dtype != head.dtype for r in refs) and not self.effects.autocast(node):
+                refusal = refuse("dtype", node, "the head's inputs differ in dtype")
             self.plans[node] = HeadPlan(head, refusal=refusal)
             if form is not None:
                 self._learn(node, form)

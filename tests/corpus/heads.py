@@ -99,7 +99,7 @@ def codebooks_one_loss(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor
     return ce(logits, codes[..., :2])
 
 
-@case("heads/codebooks-one-wide-head")
+@case("heads/codebooks-one-wide-head", either(codes.CLASS_DIM, codes.ESCAPE), note="rows of several heads interleaved")
 def codebooks_wide(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor) -> Tensor:
     b, t, _ = h.shape
     logits = F.linear(h, torch.cat([weight, weight2])).view(b, t, 2, -1)

@@ -202,7 +202,11 @@ def focal(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
 
 
-@case("focal/from-log-softmax-alpha")
+@case(
+    "focal/from-log-softmax-alpha",
+    dynamic=False,
+    note="under dynamic shapes nothing says that the index has as many rows as the logits",
+)
 def focal_log_softmax(x: Tensor, weight: Tensor, class_weight: Tensor, targets: Tensor) -> Tensor:
     target = targets.view(-1, 1)
     logpt = F.log_softmax(F.linear(x, weight), dim=1).gather(1, target).view(-1)
@@ -218,7 +222,11 @@ def poly1(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (ce + 1.0 * (1 - pt)).mean()
 
 
-@case("focal/generalised-cross-entropy")
+@case(
+    "focal/generalised-cross-entropy",
+    dynamic=False,
+    note="under dynamic shapes nothing says that the index has as many rows as the logits",
+)
 def generalised_ce(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     p = F.softmax(F.linear(x, weight), dim=1).gather(1, targets.view(-1, 1))
     return ((1 - p**0.7) / 0.7).mean()

@@ -65,6 +65,7 @@ class Case:
         dynamic: False for a spelling that makes no sense there; `recompiles` where a new size needs a new graph with
             torch.compile alone too.
         unbacked: compile with data-dependent output shapes captured.
+        aten: False where make_fx takes the spelling apart beyond recognition; its results must be right there too.
         keeps_logits: the rewritten graph legally holds the logits (returned_logits="keep").
         note: why the case is there, where the code does not say it.
     """
@@ -85,6 +86,7 @@ class Case:
     dynamic: bool
     recompiles: bool
     unbacked: bool
+    aten: bool
     keeps_logits: bool
     note: str
 
@@ -140,6 +142,7 @@ def case(
     dynamic: bool = True,
     recompiles: bool = False,
     unbacked: bool = False,
+    aten: bool = True,
     keeps_logits: bool = False,
     note: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -166,6 +169,7 @@ def case(
             dynamic=dynamic,
             recompiles=recompiles,
             unbacked=unbacked,
+            aten=aten,
             keeps_logits=keeps_logits,
             note=note,
         )

@@ -1,0 +1,180 @@
+"""What the user sees: log lines, counters, trace artifacts, names in the generated code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Compiled, N, V, dynamo_graph, head, products
+from torch._dynamo.utils import counters
+
+import lce_inductor
+from lce_inductor import Config, report
+from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
+from lce_inductor.reasons import REASONS
+from lce_inductor.recognize import recognize
+
+
+@pytest.fixture
+def lines(installed, caplog) -> Iterator[list[str]]:
+    """Log lines of the package at debug level, as TORCH_LOGS="+lce_inductor" shows them."""
+    caplog.set_level(logging.DEBUG, logger="lce_inductor")
+    yield _Lines(caplog)
+
+
+class _Lines:
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.caplog = caplog
+
+    def __iter__(self) -> Iterator[str]:
+        return (r.getMessage() for r in self.caplog.records if r.name.startswith("lce_inductor"))
+
+    def text(self) -> str:
+        return "\n".join(self)
+
+
+def loss(x, w, y):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.float(), y)
+
+
+def records(fn, *args, **settings) -> list[report.HeadRecord]:
+    config = Config(**{"min_logits_bytes": 0, **settings})
+    return report.records_of(recognize(dynamo_graph(fn, *args).graph, config), config)
+
+
+def test_a_rewritten_head(lines):
+    """Source line, sizes, bytes, plan, nodes replaced and inserted, and the number of products."""
+    Compiled(loss)(*head())
+    text = lines.text()
+    assert f"rewrote {__file__}:" in text and "logits = F.linear(x, w)" in text
+    assert f"{N}x{V} logits" in text and "no longer exist" in text and "1 chunks of 24 tokens" in text
+    removed = [line for line in lines if line.startswith("  - ")]
+    added = [line for line in lines if line.startswith("  + ")]
+    assert any("linear" in r for r in removed) and any("cross_entropy" in r for r in removed)
+    assert any("head_stats" in a for a in added)
+    assert "(3 products)" in text and "4 products" not in text
+
+
+def test_gradients_by_recomputing(lines):
+    Compiled(lambda x, w, y: loss(x, w, y) ** 2)(*head())
+    assert "(4 products)" in lines.text()
+
+
+def test_a_refused_head(lines):
+    """The line of the linear, the line where it stopped, the code, the explanation and the hint."""
+
+    def fn(x, w, y):
+        logits = F.linear(x, w)
+        spread = logits.erf().sum()
+        return F.cross_entropy(logits, y) + spread
+
+    Compiled(fn)(*head())
+    text, row = lines.text(), REASONS["escape"]
+    assert "left" in text and "logits = F.linear(x, w)" in text
+    assert "escape at" in text and "spread = logits.erf().sum()" in text
+    assert row.explanation in text and row.hint in text
+    assert "rewrote" not in text
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_quiet_without_torch_logs(enabled, installed, caplog):
+    caplog.set_level(logging.DEBUG if enabled else logging.WARNING, logger="lce_inductor")
+    Compiled(loss)(*head())
+    assert bool([r for r in caplog.records if r.name.startswith("lce_inductor")]) == enabled
+
+
+def test_counters(installed):
+    x, w, y = head()
+
+    def fn(x, w, u, y):
+        other = F.linear(x, u)
+        return loss(x, w, y) + loss(x * 2, w, y) ** 2 + F.cross_entropy(other, y) + other.erf().sum()
+
+    compiled = Compiled(fn)
+    compiled(x, w, w.detach() * 2, y)
+    assert compiled.counts == {
+        "rewritten": 2, "refused:escape": 1, "gradients:forward": 1, "gradients:recompute": 1,
+    }  # fmt: skip
+
+
+def test_layers_of_the_body_are_no_news(lines):
+    """A linear that is not wide and reaches no loss by itself is not spoken of."""
+    square = torch.randn(8, 8)
+
+    def fn(x, w, y, s):
+        return loss(F.relu(F.linear(x, s)), w, y)
+
+    Compiled(fn)(*head(), square)
+    assert counters["lce_inductor"] == {"rewritten": 1, "gradients:forward": 1}
+    assert "left" not in lines.text()
+
+
+def test_a_wide_linear_without_a_loss_is_news():
+    x, w = torch.randn(4, 8), torch.randn(32000, 8)
+    (record,) = records(lambda x, w: F.linear(x, w).sin(), x, w)
+    assert record.code == "escape" and record.classes == "32000" and not record.rewritten
+    assert records(lambda x, w: F.linear(x, w).sin(), x, w, min_logits_bytes=1 << 20) == []
+
+
+def test_bytes_and_sizes():
+    x, w, y = head(dtype=torch.bfloat16)
+    (record,) = records(lambda x, w, y: F.cross_entropy(F.linear(x.view(4, 6, 8), w).view(-1, V), y), x, w, y)
+    assert record.logits_bytes == N * V * 2
+    assert (record.tokens, record.classes) == ("4*6", str(V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"chunk_tokens": 7}, {"workspace_bytes": 5 * V * 4}], ids=str)
+def test_the_plan_in_the_report_is_the_plan_that_runs(settings, dtype):
+    x, w, y = (t.detach() for t in head(dtype=dtype))
+    (record,) = records(loss, x, w, y, **settings)
+    with lce_inductor.installed(min_logits_bytes=0, **settings):
+        compiled = Compiled(loss)
+        compiled(x, w, y)
+        chunks = products(lambda: compiled(x, w, y))
+    assert record.plan.startswith(f"{chunks} chunks of ")
+
+
+def test_dynamic_sizes_are_shown_as_symbols(lines):
+    compiled = Compiled(loss, dynamic=True)
+    compiled(*head())
+    assert any(line.startswith("rewrote") and "s" in line.split("logits")[-2].split("(")[-1] for line in lines)
+
+
+def test_several_heads_have_a_line_each(lines):
+    Compiled(lambda x, w, y: loss(x, w, y) + loss(x * 2, w, y))(*head())
+    assert sum(line.startswith("rewrote") for line in lines) == 2
+
+
+def test_structured_trace(tmp_path, installed, monkeypatch):
+    """An artifact that tlparse shows: one JSON record per head."""
+    found = []
+    import torch._logging
+
+    def trace(name, metadata_fn=lambda: None, *, payload_fn=lambda: None, **more):
+        metadata = metadata_fn()
+        if isinstance(metadata, dict) and metadata.get("name") == "lce_inductor_heads":
+            found.append((name, metadata, payload_fn()))
+
+    monkeypatch.setattr(torch._logging, "trace_structured", trace)
+    Compiled(loss)(*head())
+    ((name, metadata, payload),) = found
+    assert name == "artifact" and metadata["encoding"] == "json"
+    (record,) = json.loads(payload if isinstance(payload, str) else json.dumps(payload))
+    assert record["code"] is None and record["classes"] == str(V) and Path(__file__).name in record["source"]
+
+
+def test_names_in_the_generated_code(installed):
+    """TORCH_LOGS=output_code shows the ops by name."""
+    from torch._inductor.utils import run_and_get_code
+
+    x, w, y = (t.detach() for t in head())
+    found, (code,) = run_and_get_code(torch.compile(loss), x, w, y)
+    torch.testing.assert_close(found, loss(x, w, y))
+    assert "torch.ops.lce_inductor.row_stats" in code
