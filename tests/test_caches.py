@@ -18,6 +18,7 @@ import lce_inductor
 from lce_inductor import passes
 from lce_inductor.config import Config
 
+TORCH_2_11 = torch.__version__.startswith("2.11")
 PROBE = Path(__file__).with_name("cache_probe.py")
 PACKAGE = Path(lce_inductor.__file__).parent
 
@@ -69,13 +70,15 @@ def test_a_callable_without_uuid_switches_the_caches_off_as_without_us(cold):
 
 
 def test_warm_in_a_fresh_process(cold):
-    """Both caches hit, no pass runs, and the bits are those of the cold run."""
+    """Both caches hit, no joint pass runs, and the bits are those of the cold run."""
     cache, before = cold
     names = ["other settings", "ours", "user's pass", "plain"]
     found = probe(cache, PACKAGE.parent, names)
     for name in names:
         assert caches(found[name]) == HIT, name
-        assert found[name]["rewritten"] == 0 and found[name]["user"] == 0
+        assert found[name]["user"] == 0
+        # torch 2.11 looks into its caches only after the pre-grad passes.
+        assert found[name]["rewritten"] == (TORCH_2_11 and before[name]["rewritten"])
         assert found[name]["bits"] == before[name]["bits"]
 
 
