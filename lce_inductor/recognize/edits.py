@@ -10,6 +10,9 @@ _NUMBER = ("mul", "div", "add", "tanh", "sigmoid", "rsqrt_cap")
 _TENSOR = ("bias", "class_scale", "fill", "mask")
 
 
+_AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap")
+
+
 class Folded(NamedTuple):
     """tensor: edits with tensors, in order, each with the factor that number steps before it make; steps: the
     epilogue's text; classes: the slice of classes that is kept."""
@@ -28,7 +31,12 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
     steps: list[str] = []
     classes: tuple[int, int] | None = None
     factor, linear = 1.0, True
+    masked = False
     for edit in edits:
+        # -inf changes its sign or becomes NaN under these.
+        if masked and (edit.name in _AGAINST_MASKS or (edit.name in ("mul", "div") and edit.args[0] <= 0)):
+            return None
+        masked = masked or edit.name in ("mask", "fill")
         if edit.name == "classes":
             if any(e.name in _TENSOR for e, _ in tensor):
                 return None

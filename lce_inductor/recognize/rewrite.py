@@ -36,11 +36,14 @@ def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, repla
     """Rewrite one head. Returns the nodes that now compute its statistics; `replaced` learns old -> new."""
     graph, made = walk.graph, []
     cursor = plan.head.node
+    moved: set[Node] = set()
     for group in groups:
         if group.anchor is None:
             for node in group.moved:
-                cursor.append(node)
-                cursor = node
+                if node not in moved:  # an earlier group of this head may have needed it, too
+                    cursor.append(node)
+                    cursor = node
+                    moved.add(node)
             point = cursor.next
         else:
             point = group.anchor
@@ -206,7 +209,10 @@ def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dic
                 continue
             if targets[column] is None:
                 row = writer.call(aten.select.int, x, -1, 0)
-                targets[column] = writer.call(aten.full_like.default, row, NO_TARGET, dtype=torch.int64)
+                # Contiguous whatever the rows' strides: the views below have to share its memory.
+                targets[column] = writer.call(
+                    aten.full_like.default, row, NO_TARGET, dtype=torch.int64, memory_format=torch.contiguous_format
+                )
             _write_through(writer, targets[column], rest, target, want)
     wants = list(dict.fromkeys(w for t in group.terminals for w in t.wants))
     bits = 0

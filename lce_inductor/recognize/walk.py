@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..ops.types import ARGMAX
+from ..ops.types import ARGMAX, SUM
 from ..reasons import Refusal, refuse
 from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
 from .canon import canonical
@@ -83,6 +83,8 @@ class Walk:
         outcome = RULES[call.name](self, call, inputs[0]) if call is not None and call.name in RULES else None
         if outcome is None:
             outcome = refuse("two-heads" if len({f.head for f in inputs}) > 1 else "escape", node)
+        if isinstance(outcome, Terminal) and _masked_sum(outcome):
+            outcome = refuse("escape", node, "a sum over masked classes")
         if isinstance(outcome, Refusal):
             for each in inputs:
                 self._refuse(each, outcome)
@@ -146,6 +148,11 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
             detail = f"{plan.logits_bytes} of {config.min_logits_bytes} bytes"
             plan.refusal = refuse("too-small", plan.head.node, detail)
     return walk, plans
+
+
+def _masked_sum(terminal: Terminal) -> bool:
+    """Where a sum over classes meets -inf the loss is infinite, and eager's gradient is that of the mask."""
+    return any(w.bit == SUM for w in terminal.wants) and any(e.name in ("mask", "fill") for e in terminal.form.edits)
 
 
 def _trains(walk: Walk, plan: HeadPlan) -> bool:
