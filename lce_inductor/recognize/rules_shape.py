@@ -46,7 +46,8 @@ def same_values(walk: Walk, call: Call, form: Any) -> Outcome:
 
 @rule("detach")
 def detach(walk: Walk, call: Call, form: Any) -> Outcome:
-    return form.with_(detached=True) if isinstance(form, ClassMap) else None
+    # Of a row offset the form doesn't know whether it came before the detach or after it.
+    return form.with_(detached=True) if isinstance(form, ClassMap) and not form.offset else None
 
 
 def _append(call: Call, form: Any, op: RowOp) -> ClassMap | None:

@@ -95,6 +95,8 @@ class Walk:
 
     def _learn(self, node: Node, form: Form) -> None:
         if isinstance(form, ClassMap) and self.effects.grad_off(node) and not self.effects.grad_off(form.head.node):
+            if form.offset:  # whose own gradient ends here, too: the form can't say that
+                self._refuse(form, refuse("escape", node))
             form = form.with_(detached=True)
         if isinstance(form, Product) and self.effects.grad_off(node):
             form = dataclasses.replace(
