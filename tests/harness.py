@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -81,7 +82,10 @@ def aten_graph(fn: Fn, *args: Any, mode: str = "fake") -> GraphModule:
 
 
 def listing(graph: Graph | GraphModule) -> str:
-    """A graph as short lines `name = operation(arguments)`, the same in every version of torch."""
+    """A graph as short lines `name = operation(arguments)`, the same in every version of torch.
+
+    What only takes a part of a value, `v[0]` or `v[..., 0]`, stands where it is used.
+    """
     lines = []
     graph = graph.graph if isinstance(graph, GraphModule) else graph
     short: dict[Node, str] = {}
@@ -91,6 +95,10 @@ def listing(graph: Graph | GraphModule) -> str:
             lines.append(f"return {_text(node.args[0], short)}")
         elif node.op in ("placeholder", "get_attr"):
             short[node] = _clean(str(node.target))
+        elif node.target is operator.getitem and isinstance(node.args[1], int):
+            short[node] = f"{args[0]}[{args[1]}]"
+        elif node.target is torch.ops.aten.select.int and node.args[1] == -1:
+            short[node] = f"{args[0]}[..., {args[2]}]"
         else:
             short[node] = node.name
             lines.append(f"{node.name} = {_operation(node)}({', '.join(args)})")
