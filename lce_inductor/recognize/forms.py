@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from torch.fx import Node
@@ -70,6 +70,18 @@ class Edit:
     args: tuple[Any, ...] = ()
 
 
+class Offset(NamedTuple):
+    """A number per row that a form adds: `sign * node`, or of its logarithm; a tensor with class dimension 1.
+
+    detached: the sum was detached after it was added, so no gradient reaches the tensor this way either.
+    """
+
+    sign: int
+    node: Node
+    log: bool = False
+    detached: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassMap:
     """A tensor that follows class by class from the logits of some rows:
@@ -77,8 +89,7 @@ class ClassMap:
         value = coef * (y - [normalized] lse(y) + offset)          y = edits(Z[rows])
         value = exp(y - [normalized] lse(y) + offset)              if exp
 
-    class_dim: where the class dimension is in the node's own shape. offset: (sign, tensor with class dimension 1,
-    whether its logarithm is meant).
+    class_dim: where the class dimension is in the node's own shape.
     detached: no gradient flows through it. early_cast: a cast came before the first edit.
     """
 
@@ -90,13 +101,16 @@ class ClassMap:
     edits: tuple[Edit, ...] = ()
     coef: float = 1.0
     normalized: bool = False
-    offset: tuple[tuple[int, Node, bool], ...] = ()
+    offset: tuple[Offset, ...] = ()
     exp: bool = False
     detached: bool = False
     early_cast: bool = False
 
     def with_(self, **changes: Any) -> ClassMap:
         return dataclasses.replace(self, **changes)
+
+    def detach(self) -> ClassMap:
+        return self.with_(detached=True, offset=tuple(o._replace(detached=True) for o in self.offset))
 
     @property
     def class_last(self) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..reasons import refuse
 from .canon import Call, canonical
 from .edits import fold, number
-from .forms import ClassMap, Edit, Head, OneHot, OneHotProduct, Outcome, Product, Squared, rule
+from .forms import ClassMap, Edit, Head, Offset, OneHot, OneHotProduct, Outcome, Product, Squared, rule
 from .rules_head import DTYPES
 from .values import info, same
 
@@ -194,7 +194,7 @@ def _shifted(form: ClassMap, sign: int, other: Node, log: bool, call: Call) -> C
         return None
     if known.shape[form.class_dim] != 1 or not same(out.shape[form.class_dim], num_classes(form)):
         return None
-    return form.with_(offset=(*form.offset, (sign, other, log)), dtype=out.dtype)
+    return form.with_(offset=(*form.offset, Offset(sign, other, log)), dtype=out.dtype)
 
 
 def _full_addend(node: Any) -> str:

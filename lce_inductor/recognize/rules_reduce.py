@@ -58,12 +58,13 @@ def _terminal(call: Call, form: ClassMap, wants: list[Want], write: Any) -> Outc
 def _shift(e: Emitter, form: ClassMap) -> Node | None:
     """What a form adds to every logit of a row, class dimension of size 1; None for nothing."""
     value = e.unary("neg", e.rows(e.stat(Want(LSE)))) if form.normalized else None
-    for sign, node, log in form.offset:
-        ref = e.unary("log", e.ref(node)) if log else e.ref(node)
+    for offset in form.offset:
+        ref = e.unary("detach", e.ref(offset.node)) if offset.detached else e.ref(offset.node)
+        ref = e.unary("log", ref) if offset.log else ref
         if value is None:
-            value = ref if sign > 0 else e.unary("neg", ref)
+            value = ref if offset.sign > 0 else e.unary("neg", ref)
         else:
-            value = e.plus(value, ref, sign)
+            value = e.plus(value, ref, offset.sign)
     return value
 
 

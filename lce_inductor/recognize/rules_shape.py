@@ -46,8 +46,7 @@ def same_values(walk: Walk, call: Call, form: Any) -> Outcome:
 
 @rule("detach")
 def detach(walk: Walk, call: Call, form: Any) -> Outcome:
-    # Of a row offset the form doesn't know whether it came before the detach or after it.
-    return form.with_(detached=True) if isinstance(form, ClassMap) and not form.offset else None
+    return form.detach() if isinstance(form, ClassMap) else None
 
 
 def _append(call: Call, form: Any, op: RowOp) -> ClassMap | None:

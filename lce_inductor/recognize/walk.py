@@ -95,13 +95,9 @@ class Walk:
 
     def _learn(self, node: Node, form: Form) -> None:
         if isinstance(form, ClassMap) and self.effects.grad_off(node) and not self.effects.grad_off(form.head.node):
-            if form.offset:  # whose own gradient ends here, too: the form can't say that
-                self._refuse(form, refuse("escape", node))
-            form = form.with_(detached=True)
+            form = form.detach()
         if isinstance(form, Product) and self.effects.grad_off(node):
-            form = dataclasses.replace(
-                form, probs=form.probs.with_(detached=True), values=form.values.with_(detached=True)
-            )
+            form = dataclasses.replace(form, probs=form.probs.detach(), values=form.values.detach())
         self.forms[node] = form
 
     def _refuse(self, form: Form, refusal: Refusal) -> None:
