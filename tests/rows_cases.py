@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from lce_inductor.ops import cuda
 from lce_inductor.ops.epilogue import apply, parse
-from lce_inductor.ops.types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
-ALL = LSE | TARGET | SUM | MEAN | MAX | ARGMAX
-GRADS = ("lse", "lse_slope", "target", "sum", "mean")
+ALL = LSE | TARGET | SUM | NEG_ENTROPY | MAX | ARGMAX
+GRADS = ("lse", "lse_slope", "target", "sum", "neg_entropy")
 SOFTCAP = "div 3.0;tanh;mul 3.0"
 
 
@@ -51,7 +51,7 @@ CASES = [
     Case(N=1, H=1, V=1),
     Case(N=1, H=3, V=2, bias=True),
     Case(N=5, K=0, grads=("lse",)),
-    Case(N=5, K=0, grads=("sum", "mean"), class_weight=True),
+    Case(N=5, K=0, grads=("sum", "neg_entropy"), class_weight=True),
     Case(N=13, H=33, V=1025, K=2, strided=True, bias=True, grads=GRADS),
     Case(N=13, H=33, V=1025, strided=True, dtype=torch.bfloat16, grads=("lse", "target", "sum"), chunk_tokens=5),
     Case(epilogue="mul 2.0;rsqrt_cap 15.0 225.0;add 0.25;sigmoid", dtype=torch.float64, grads=GRADS),
@@ -104,7 +104,12 @@ def stats_of(y: torch.Tensor, a: HeadArgs) -> Stats:
         picked = torch.where(a.target >= 0, y.gather(1, a.target.clamp(min=0)), 0)
     weighted = y if a.class_weight is None else y * a.class_weight.to(y.dtype)
     return Stats(
-        y.logsumexp(1), picked, weighted.sum(1), (y.softmax(1) * y).sum(1), y.amax(1) if n else y.sum(1), y.argmax(1)
+        y.logsumexp(1),
+        picked,
+        weighted.sum(1),
+        (y.softmax(1) * y.log_softmax(1)).sum(1),
+        y.amax(1) if n else y.sum(1),
+        y.argmax(1),
     )
 
 
@@ -119,7 +124,7 @@ def whole(a: HeadArgs, grads: RowGrads, dtype: torch.dtype) -> tuple[Stats, list
         (grads.lse_slope, found.lse**2 / 2),
         (grads.target, found.target_logit),
         (grads.sum, found.sum_logits),
-        (grads.mean, found.mean_logit),
+        (grads.neg_entropy, found.neg_entropy),
     ):
         if g is not None:
             terms.append((g.to(value.dtype) * value).sum())
@@ -169,7 +174,7 @@ def check(case: Case, device: str, factor: float) -> None:
     slope = 0 if grads.lse_slope is None else grads.lse_slope * stats.lse
     g_lse = slope if grads.lse is None else grads.lse + slope
     plain = dataclasses.replace(grads, lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
-    found = cuda.backward(a, stats.lse, stats.mean_logit, plain, mask)
+    found = cuda.backward(a, stats.lse, stats.neg_entropy, plain, mask)
     compare(case, names, found, eager_grads, exact_grads, factor)
     assert [t.dtype for t in found] == [case.dtype, case.dtype, wide]
 
@@ -186,7 +191,7 @@ def check_only_what_was_asked(device: str) -> None:
         mask = tuple(i == j for j in range(3))
         for got in (
             cuda.with_grad(a, LSE, grads, mask)[1:],
-            cuda.backward(a, all_stats.lse, all_stats.mean_logit, RowGrads(sum=grads.sum), mask),
+            cuda.backward(a, all_stats.lse, all_stats.neg_entropy, RowGrads(sum=grads.sum), mask),
         ):
             assert [t.numel() > 0 for t in got] == list(mask)
         torch.testing.assert_close(cuda.with_grad(a, LSE, grads, mask)[1 + i], all_grads[i], rtol=0, atol=0)
@@ -218,7 +223,7 @@ def check_not_finite(device: str) -> None:
         )
         grads = RowGrads(lse=torch.ones(1, device=device))
         found, _, _, db = cuda.with_grad(a, ALL, grads, (True, True, True))
-        for name in ("lse", "sum_logits", "mean_logit", "max_logit", "argmax"):
+        for name in ("lse", "sum_logits", "neg_entropy", "max_logit", "argmax"):
             got, want = getattr(found, name).double().cpu()[0], getattr(exact, name)[n].double()
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5, equal_nan=True, msg=f"row {n} {name}")
         picked = torch.stack([y[n, 3], y[n, 5], torch.tensor(0.0)])

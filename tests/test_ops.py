@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.ops.epilogue import unparse
-from lce_inductor.ops.types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 ops = torch.ops.lce_inductor
 BUDGET = 1 << 30
@@ -38,7 +38,7 @@ def row_stats(a: HeadArgs, stats: int) -> Stats:
 
 def with_grad(a: HeadArgs, stats: int, g: RowGrads, mask: tuple[bool, bool, bool]) -> list[torch.Tensor]:
     tensors, plan = flat(a)
-    grads = (g.lse, g.lse_slope, g.target, g.sum, g.mean)
+    grads = (g.lse, g.lse_slope, g.target, g.sum, g.neg_entropy)
     return list(ops.row_stats_with_grad(*tensors, *grads, unparse(a.epilogue), stats, *plan, mask))
 
 
@@ -46,8 +46,10 @@ def backward(a: HeadArgs, found: Stats, g: RowGrads, mask: tuple[bool, bool, boo
     tensors, plan = flat(a)
     slope = 0 if g.lse_slope is None else g.lse_slope * found.lse
     g_lse = g.lse if g.lse_slope is None else slope + (0 if g.lse is None else g.lse)
-    grads = (g_lse, g.target, g.sum, g.mean)
-    return list(ops.row_stats_backward(*tensors, found.lse, found.mean_logit, *grads, unparse(a.epilogue), *plan, mask))
+    grads = (g_lse, g.target, g.sum, g.neg_entropy)
+    return list(
+        ops.row_stats_backward(*tensors, found.lse, found.neg_entropy, *grads, unparse(a.epilogue), *plan, mask)
+    )
 
 
 @pytest.mark.parametrize("case", [*rows_cases.CASES, *CHUNKS, *LARGE], ids=str)
@@ -92,7 +94,7 @@ def test_gradcheck(K, epilogue, bias):
     assert torch.autograd.gradcheck(statistics, leaves)
 
 
-@pytest.mark.parametrize("stat", [LSE, TARGET, SUM, MAX, ARGMAX, LSE | MEAN])
+@pytest.mark.parametrize("stat", [LSE, TARGET, SUM, MAX, ARGMAX, LSE | NEG_ENTROPY])
 def test_only_what_was_asked_for(stat):
     a, g = rows_cases.make(Case(K=2, class_weight=True, bias=True, grads=GRADS, chunk_tokens=3), "cpu")
     everything, found = row_stats(a, ALL), row_stats(a, stat)
@@ -109,11 +111,28 @@ def test_empty_statistics_take_no_gradient():
     assert lse.requires_grad and not any(t.requires_grad for t in empty)
 
 
-def test_mean_needs_lse_for_its_gradient():
+def test_neg_entropy_needs_lse_for_its_gradient():
     x, weight, _ = head()
-    mean = ops.row_stats(x, weight, None, None, None, "", MEAN, 0, BUDGET)[3]
-    with pytest.raises(RuntimeError, match="mean_logit needs lse"):
-        mean.sum().backward()
+    value = ops.row_stats(x, weight, None, None, None, "", NEG_ENTROPY, 0, BUDGET)[3]
+    with pytest.raises(RuntimeError, match="neg_entropy needs lse"):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_entropy_does_not_cancel(scale):
+    """lse - sum(p z) would: its error grows with the logits, that of sum(p log p) with the entropy."""
+    a, _ = rows_cases.make(Case(N=32, H=64, V=2048, scale=scale), "cpu")
+
+    def eager(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (a.x, a.weight)]
+        log_p = F.linear(*leaves).log_softmax(-1)
+        (log_p.exp() * log_p).sum().backward()
+        return [t.grad for t in leaves]
+
+    one = torch.ones(32)
+    ours = with_grad(a, LSE | NEG_ENTROPY, RowGrads(neg_entropy=one), (True, True, False))[6:8]
+    for found, plain, exact in zip(ours, eager(torch.float32), eager(torch.float64)):
+        assert rows_cases.error(found, exact) <= 1.25 * rows_cases.error(plain, exact) + 1e-6
 
 
 def test_max_needs_argmax_for_its_gradient():
@@ -254,7 +273,7 @@ def opcheck_arguments() -> dict[str, tuple]:
     a, g = rows_cases.make(Case(N=5, H=4, V=7, K=2, bias=True, class_weight=True, grads=GRADS), "cpu")
     tensors, _ = flat(a)
     wanted = tuple(None if t is None else t.detach().clone().requires_grad_() for t in tensors[:3])
-    grads = (g.lse, g.target, g.sum, g.mean)
+    grads = (g.lse, g.target, g.sum, g.neg_entropy)
     found = row_stats(a, ALL)
     column = a.target[:, 0].clamp(min=0)
     rows = tuple(torch.rand(5, requires_grad=True) for _ in range(3))
@@ -262,7 +281,7 @@ def opcheck_arguments() -> dict[str, tuple]:
         "row_stats": (*wanted, *tensors[3:], "", ALL, 2, BUDGET),
         "row_stats-lse": (*wanted[:2], None, None, None, "tanh", LSE, 0, BUDGET),
         "row_stats-frozen": (wanted[0], tensors[1], None, a.target, None, SOFTCAP, LSE | TARGET, 0, BUDGET),
-        "row_stats_backward": (*tensors, found.lse, found.mean_logit, *grads, "", 0, BUDGET, [True] * 3),
+        "row_stats_backward": (*tensors, found.lse, found.neg_entropy, *grads, "", 0, BUDGET, [True] * 3),
         "row_stats_backward-dx": (*tensors, found.lse, None, g.lse, None, None, None, "", 2, BUDGET, [True, False, False]),
         "row_stats_with_grad": (*tensors, g.lse, g.lse_slope, *grads[1:], "", ALL, 2, BUDGET, [True, True, True]),
         "row_stats_with_grad-dw": (

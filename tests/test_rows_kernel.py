@@ -63,11 +63,11 @@ def compile_rows_kernel(rows, arch: int, dtype: torch.dtype, full: bool) -> str:
     wide = dtype == torch.float64
     element = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     pointers = {"z_ptr": element, "bias_ptr": element, "target_ptr": "i64", "argmax_ptr": "i64"}
-    absent = () if full else ("bias_ptr", "class_weight_ptr", "g_slope_ptr", "g_sum_ptr", "g_mean_ptr")
+    absent = () if full else ("bias_ptr", "class_weight_ptr", "g_slope_ptr", "g_sum_ptr", "g_neg_entropy_ptr")
     layout = rows.config(50257, dtype.itemsize)
     epilogue = rows.flatten((("div", 30.0), ("tanh",), ("mul", 30.0), ("sigmoid",), ("rsqrt_cap", 3.0, 9.0)))
     constants = {
-        "K": 3 if full else 1, "LSE": True, "TARGET": True, "SUM": full, "MEAN": full, "MAX": full, "ARGMAX": full,
+        "K": 3 if full else 1, "LSE": True, "TARGET": True, "SUM": full, "NEG_ENTROPY": full, "MAX": full, "ARGMAX": full,
         "GRAD": True, "STEPS": epilogue if full else (), "ACC": tl.float64 if wide else tl.float32,
         "BLOCK_V": layout.block, "BLOCKS": -(-50257 // layout.block),
     }  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.epilogue import Steps, reciprocal
-from ..ops.types import ARGMAX, LSE, MAX, MEAN, SUM, TARGET, RowGrads, Stats
+from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
 
 # The epilogue travels as a flat tuple of numbers, three for each step: code, constant, constant.
 _CODES = {"mul": 0, "add": 1, "tanh": 2, "sigmoid": 3, "rsqrt_cap": 4}
@@ -62,8 +62,8 @@ def launch(
     z: [n, row_stride] chunk of logits before bias and epilogue, of which V columns count; the rest is free to
     be overwritten. target: int64 [N, K]. The tensors of `found` and `grads` have all N rows.
 
-    stats: bits to compute. `grads.lse` and `grads.mean` need lse (`grads.mean` also mean_logit): computed here
-    if `stats` has the bit, else read from `found`.
+    stats: bits to compute. The gradient of lse needs lse, that of neg_entropy needs both: computed here if `stats`
+    has their bits, else read from `found`.
     """
     n, row_stride = z.shape
     if n == 0:
@@ -77,17 +77,17 @@ def launch(
         z, row_stride, row0, V,
         bias, class_weight,
         target, *_strides(target, 2),
-        found.lse, found.target_logit, found.sum_logits, found.mean_logit, found.max_logit, found.argmax,
+        found.lse, found.target_logit, found.sum_logits, found.neg_entropy, found.max_logit, found.argmax,
         g.lse, *_strides(g.lse, 1),
         g.lse_slope, *_strides(g.lse_slope, 1),
         g.target if k else None, *_strides(g.target, 2),
         g.sum, *_strides(g.sum, 1),
-        g.mean, *_strides(g.mean, 1),
+        g.neg_entropy, *_strides(g.neg_entropy, 1),
         K=k,
         LSE=bool(stats & LSE),
         TARGET=bool(stats & TARGET) and k > 0,
         SUM=bool(stats & SUM),
-        MEAN=bool(stats & MEAN),
+        NEG_ENTROPY=bool(stats & NEG_ENTROPY),
         MAX=bool(stats & MAX),
         ARGMAX=bool(stats & ARGMAX),
         GRAD=grads is not None,
@@ -169,14 +169,14 @@ def rows_kernel(
     z_ptr, row_stride, row0, V,
     bias_ptr, class_weight_ptr,
     target_ptr, stride_tn, stride_tk,
-    lse_ptr, target_logit_ptr, sum_ptr, mean_ptr, max_ptr, argmax_ptr,
+    lse_ptr, target_logit_ptr, sum_ptr, neg_entropy_ptr, max_ptr, argmax_ptr,
     g_lse_ptr, stride_gl,
     g_slope_ptr, stride_gs,
     g_target_ptr, stride_gtn, stride_gtk,
     g_sum_ptr, stride_gsum,
-    g_mean_ptr, stride_gmean,
+    g_neg_entropy_ptr, stride_gne,
     K: tl.constexpr,
-    LSE: tl.constexpr, TARGET: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, MAX: tl.constexpr,
+    LSE: tl.constexpr, TARGET: tl.constexpr, SUM: tl.constexpr, NEG_ENTROPY: tl.constexpr, MAX: tl.constexpr,
     ARGMAX: tl.constexpr, GRAD: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -197,11 +197,12 @@ def rows_kernel(
 
     high = tl.full((), float("-inf"), ACC)
     exps = tl.full((), 0.0, ACC)
-    exps_y = tl.full((), 0.0, ACC)
+    exps_y = tl.full((), 0.0, ACC)  # of exponentials times (y - base)
+    last_base = tl.full((), 0.0, ACC)
     total = tl.full((), 0.0, ACC)
     where_high = tl.full((), 0, tl.int32)
     where_nan = tl.full((), 0, tl.int32) + V
-    if LSE or SUM or MEAN or MAX or ARGMAX:
+    if LSE or SUM or NEG_ENTROPY or MAX or ARGMAX:
         for i in range(BLOCKS):
             offs_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
             y, _ = _logits(z_row, row_stride, V, bias_ptr, offs_v, STEPS, ACC)
@@ -211,7 +212,7 @@ def rows_kernel(
                 if class_weight_ptr is not None:
                     term = y * tl.load(class_weight_ptr + offs_v, mask=inside, other=0.0).to(ACC)
                 total += tl.sum(tl.where(inside, term, 0.0), 0)
-            if LSE or MEAN or MAX or ARGMAX:
+            if LSE or NEG_ENTROPY or MAX or ARGMAX:
                 y = tl.where(inside, y, float("-inf"))
                 block_high = tl.max(y, 0)
                 if ARGMAX:
@@ -222,15 +223,17 @@ def rows_kernel(
                     number = y <= float("inf")
                     where_nan = tl.minimum(where_nan, tl.min(tl.where(number, V, offs_v), 0))
                 new_high = tl.maximum(high, block_high)
-            if LSE or MEAN:
+            if LSE or NEG_ENTROPY:
                 # Subtracting an infinite maximum would make NaN of what logsumexp gives as +-inf.
                 base = tl.where(tl.abs(new_high) == float("inf"), 0.0, new_high)
                 scale = tl.where(high == float("-inf"), 0.0, tl.exp(high - base))
                 e = tl.exp(y - base)
+                if NEG_ENTROPY:
+                    exps_y = (exps_y + (last_base - base) * exps) * scale
+                    exps_y += tl.sum(tl.where(inside, e * (y - base), 0.0), 0)
+                    last_base = base
                 exps = exps * scale + tl.sum(e, 0)
-                if MEAN:
-                    exps_y = exps_y * scale + tl.sum(tl.where(inside, e * y, 0.0), 0)
-            if LSE or MEAN or MAX or ARGMAX:
+            if LSE or NEG_ENTROPY or MAX or ARGMAX:
                 high = new_high
 
     if LSE:
@@ -238,9 +241,9 @@ def rows_kernel(
         tl.store(lse_ptr + n, lse)
     if SUM:
         tl.store(sum_ptr + n, total)
-    if MEAN:
-        mean = exps_y / exps
-        tl.store(mean_ptr + n, mean)
+    if NEG_ENTROPY:
+        neg_entropy = exps_y / exps - tl.log(exps)
+        tl.store(neg_entropy_ptr + n, neg_entropy)
     if MAX:
         tl.store(max_ptr + n, tl.where(where_nan < V, float("nan"), high))
     if ARGMAX:
@@ -249,7 +252,7 @@ def rows_kernel(
     if GRAD:
         # The threads that read the targets' logits are not those that overwrite them.
         tl.debug_barrier()
-        NEED_P: tl.constexpr = (g_lse_ptr is not None) or (g_slope_ptr is not None) or (g_mean_ptr is not None)
+        NEED_P: tl.constexpr = (g_lse_ptr is not None) or (g_slope_ptr is not None) or (g_neg_entropy_ptr is not None)
         g_lse = tl.full((), 0.0, ACC)
         if NEED_P:
             if not LSE:
@@ -258,10 +261,10 @@ def rows_kernel(
                 g_lse += tl.load(g_lse_ptr + n * stride_gl)
             if g_slope_ptr is not None:
                 g_lse += tl.load(g_slope_ptr + n * stride_gs) * lse
-        if g_mean_ptr is not None:
-            if not MEAN:
-                mean = tl.load(mean_ptr + n)
-            g_mean = tl.load(g_mean_ptr + n * stride_gmean)
+        if g_neg_entropy_ptr is not None:
+            if not NEG_ENTROPY:
+                neg_entropy = tl.load(neg_entropy_ptr + n)
+            g_neg_entropy = tl.load(g_neg_entropy_ptr + n * stride_gne)
         if g_sum_ptr is not None:
             g_sum = tl.load(g_sum_ptr + n * stride_gsum)
         for i in range(BLOCKS):
@@ -270,8 +273,8 @@ def rows_kernel(
             d = tl.full((BLOCK_V,), 0.0, ACC)
             if NEED_P:
                 factor = g_lse
-                if g_mean_ptr is not None:
-                    factor = g_lse + g_mean * (1 + y - mean)
+                if g_neg_entropy_ptr is not None:
+                    factor = g_lse + g_neg_entropy * (y - lse - neg_entropy)
                 d = tl.exp(y - lse) * factor
             if g_sum_ptr is not None:
                 if class_weight_ptr is not None:

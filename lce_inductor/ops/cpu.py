@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chunking import plan
 from .epilogue import apply, apply_with_slope
-from .types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 Mask = tuple[bool, bool, bool]
 
@@ -21,28 +21,27 @@ def forward(a: HeadArgs, stats: int) -> Stats:
     return out.stats
 
 
-def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
     """Gradients by recomputing the logits of each chunk."""
     out = _Grads(a, mask, a.weight.dtype)
     for rows in _chunks(a):
         y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
-        out.add(rows, _dz(a, rows, y, slope, lse[rows], None if mean is None else mean[rows], grads))
+        out.add(rows, _dz(a, rows, y, slope, lse[rows], None if neg_entropy is None else neg_entropy[rows], grads))
     return out.result()
 
 
 def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients of each chunk while its logits are there."""
     asked = stats
-    asked = stats
-    stats |= LSE | (MEAN if grads.mean is not None else 0)
+    stats |= LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0)
     rows_out = _Rows(a, stats)
     out = _Grads(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
     for rows in _chunks(a):
         y, slope = apply_with_slope(a.epilogue, _logits(a, rows))
         found = rows_out.stats
-        if stats & MEAN:
+        if stats & NEG_ENTROPY:
             rows_out.fill(rows, y)
-            dz = _dz(a, rows, y, slope, found.lse[rows], found.mean_logit[rows], grads)
+            dz = _dz(a, rows, y, slope, found.lse[rows], found.neg_entropy[rows], grads)
         else:  # one exponential serves the statistics and the gradient
             total = rows_out.fill_and_exp(rows, y)
             dz = _dz(a, rows, y, slope, found.lse[rows], None, grads, total)
@@ -81,7 +80,7 @@ class _Rows:
 
         self.a, self.asked = a, stats
         self.stats = Stats(
-            new(LSE), new(TARGET, columns), new(SUM), new(MEAN), new(MAX), new(ARGMAX, dtype=torch.int64)
+            new(LSE), new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), new(ARGMAX, dtype=torch.int64)
         )
         if stats & TARGET and a.target is not None:
             _check_target(a.target, a.weight.shape[0])
@@ -97,12 +96,13 @@ class _Rows:
 
     def fill(self, rows: slice, y: Tensor) -> None:
         s, asked = self.stats, self.asked
-        if asked & (LSE | MEAN):
+        if asked & (LSE | NEG_ENTROPY):
             lse = y.logsumexp(1)
             if asked & LSE:
                 s.lse[rows] = lse
-            if asked & MEAN:
-                s.mean_logit[rows] = (y - lse[:, None]).exp_().mul_(y).sum(1)
+            if asked & NEG_ENTROPY:
+                log_p = y - lse[:, None]
+                s.neg_entropy[rows] = log_p.exp().mul_(log_p).sum(1)
         self._fill_others(rows, y)
 
     def _fill_others(self, rows: slice, y: Tensor) -> None:
@@ -132,7 +132,7 @@ def _dz(
     y: Tensor,
     slope: Tensor | float | None,
     lse: Tensor,
-    mean: Tensor | None,
+    neg_entropy: Tensor | None,
     grads: RowGrads,
     total: Tensor | None = None,
 ) -> Tensor:
@@ -142,12 +142,13 @@ def _dz(
     if grads.lse_slope is not None:
         sloped = grads.lse_slope[rows] * lse
         g_lse = sloped if g_lse is None else g_lse + sloped
-    if grads.mean is not None:
-        assert mean is not None
-        factor = (y + (1 - mean)[:, None]).mul_(grads.mean[rows, None])
+    if grads.neg_entropy is not None:
+        assert neg_entropy is not None
+        log_p = y.sub_(lse[:, None])
+        factor = (log_p - neg_entropy[:, None]).mul_(grads.neg_entropy[rows, None])
         if g_lse is not None:
             factor.add_(g_lse[:, None])
-        d = y.sub_(lse[:, None]).exp_().mul_(factor)
+        d = log_p.exp_().mul_(factor)
     elif g_lse is not None and total is not None:
         d = y.mul_((g_lse / total)[:, None])
     elif g_lse is not None:

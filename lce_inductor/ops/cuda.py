@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .chunking import plan
 from .products import product
-from .types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def forward(a: HeadArgs, stats: int) -> Stats:
     return found
 
 
-def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
     """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed."""
     if _is_anchored(a, 0, grads, mask):
         from ..kernels import anchored
@@ -65,8 +65,8 @@ def backward(a: HeadArgs, lse: Tensor, mean: Tensor | None, grads: RowGrads, mas
         with _device(a.x):
             return anchored.backward(a, lse, grads, mask)
     found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
-    if mean is not None:
-        found = found._replace(mean_logit=mean.contiguous())
+    if neg_entropy is not None:
+        found = found._replace(neg_entropy=neg_entropy.contiguous())
     out = _Gradients(a, mask, a.weight.dtype)
     if any(mask) and not grads.all_none():
         _run(a, 0, found, grads, out)
@@ -81,8 +81,8 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
         with _device(a.x):
             return anchored.with_grad(a, stats, grads, mask)
     needed = stats
-    if grads.mean is not None:
-        needed |= MEAN | LSE
+    if grads.neg_entropy is not None:
+        needed |= NEG_ENTROPY | LSE
     if grads.lse is not None or grads.lse_slope is not None:
         needed |= LSE
     found = _empty_stats(a, needed)
@@ -90,7 +90,7 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
     out = _Gradients(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
     _run(a, needed, found, grads if any(mask) and not grads.all_none() else None, out)
     nothing = _empty_stats(a, 0)
-    asked = (LSE, TARGET, SUM, MEAN, MAX, ARGMAX)
+    asked = (LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX)
     return (Stats(*(f if stats & bit else e for f, e, bit in zip(found, nothing, asked))), *out.result())
 
 
@@ -118,7 +118,7 @@ def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> st
         return "not chosen on this device"
     if a.x.dtype != torch.bfloat16:
         return "bf16 only: exponentials need its range"
-    if stats & ~_ANCHORED_STATS or g.mean is not None:
+    if stats & ~_ANCHORED_STATS or g.neg_entropy is not None:
         return "a statistic that needs every logit"
     if a.target is not None and a.target.shape[1] > 1:
         return "more than one target column"
@@ -222,7 +222,7 @@ def _empty_stats(a: HeadArgs, stats: int) -> Stats:
     def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
         return a.x.new_empty((N, *more) if stats & bit else (0,), dtype=dtype)
 
-    return Stats(new(LSE), new(TARGET, columns), new(SUM), new(MEAN), new(MAX), new(ARGMAX, dtype=torch.int64))
+    return Stats(new(LSE), new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), new(ARGMAX, dtype=torch.int64))
 
 
 def _assert_targets(target: Tensor | None, V: int) -> None:

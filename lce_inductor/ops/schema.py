@@ -25,22 +25,22 @@ from torch import Tensor
 
 from . import composite, cpu
 from .epilogue import parse
-from .types import ARGMAX, LSE, MAX, MEAN, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
 _PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
-_STATS = "(Tensor lse, Tensor target_logit, Tensor sum_logits, Tensor mean_logit, Tensor max_logit, Tensor argmax"
+_STATS = "(Tensor lse, Tensor target_logit, Tensor sum_logits, Tensor neg_entropy, Tensor max_logit, Tensor argmax"
 _WITH_STATS = _PLAN.format(stats="int stats, ")
 
 _lib = torch.library.Library("lce_inductor", "DEF")
 _lib.define(f"row_stats({_HEAD}, {_WITH_STATS}) -> {_STATS})")
 _lib.define(
-    f"row_stats_backward({_HEAD}, Tensor lse, Tensor? mean_logit, Tensor? g_lse, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_mean, {_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
+    f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, Tensor? g_lse, Tensor? g_target, Tensor? g_sum, "
+    f"Tensor? g_neg_entropy, {_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, Tensor? g_lse, Tensor? g_lse_slope, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_mean, {_WITH_STATS}, bool[3] output_mask) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
+    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
@@ -87,22 +87,22 @@ def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tok
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean,
+    x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    grads = RowGrads(g_lse, None, g_target, g_sum, g_mean)
-    dx, dw, db = _impl(x).backward(a, lse, mean_logit, grads, tuple(output_mask))
+    grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
+    dx, dw, db = _impl(x).backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
 def _row_stats_with_grad(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_mean,
+    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
     epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_mean)
+    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
     found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask))
     return _distinct((*found, dx, dw, db.to(grad_dtype(weight if bias is None else bias))))
 
@@ -140,7 +140,9 @@ def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
         return x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
 
     columns = 0 if target is None else target.shape[1]
-    return Stats(rows(LSE), rows(TARGET, columns), rows(SUM), rows(MEAN), rows(MAX), rows(ARGMAX, dtype=torch.int64))
+    return Stats(
+        rows(LSE), rows(TARGET, columns), rows(SUM), rows(NEG_ENTROPY), rows(MAX), rows(ARGMAX, dtype=torch.int64)
+    )
 
 
 def _fake_grads(  # type: ignore[no-untyped-def]
@@ -158,14 +160,14 @@ def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chun
 
 
 def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean,
+    x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
     return _fake_grads(x, weight, bias, output_mask, wide_half=False)
 
 
 def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_mean,
+    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
     epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
     return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide_half=True))
@@ -182,19 +184,21 @@ def grad_dtype(weight: Tensor) -> torch.dtype:
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
-    lse, _, _, mean_logit, _, argmax = output
+    lse, _, _, neg_entropy, _, argmax = output
     # What was not asked for is empty: a gradient of it would have the wrong shape.
     empty = [value for i, value in enumerate(output[:5]) if not stats & (1 << i)]
     ctx.mark_non_differentiable(argmax, *empty)
     # An undefined gradient stays None: a statistic that nobody differentiates costs nothing.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, target, class_weight, lse, mean_logit if stats & MEAN else None, argmax)
+    ctx.save_for_backward(
+        x, weight, bias, target, class_weight, lse, neg_entropy if stats & NEG_ENTROPY else None, argmax
+    )
     ctx.plan = (epilogue, chunk_tokens, workspace_bytes)
     ctx.has_lse, ctx.has_argmax = bool(stats & LSE), bool(stats & ARGMAX)
 
 
-def _backward(ctx, g_lse, g_target, g_sum, g_mean, g_max, _g_argmax):  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, mean_logit, argmax = ctx.saved_tensors
+def _backward(ctx, g_lse, g_target, g_sum, g_neg_entropy, g_max, _g_argmax):  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, neg_entropy, argmax = ctx.saved_tensors
     if g_max is not None:
         if not ctx.has_argmax:
             raise RuntimeError("the gradient of max_logit needs argmax: ask row_stats for both")
@@ -205,12 +209,12 @@ def _backward(ctx, g_lse, g_target, g_sum, g_mean, g_max, _g_argmax):  # type: i
         target, g_target = column, g_column
     mask = ctx.needs_input_grad[:3]
     none = (None,) * 6
-    if all(g is None for g in (g_lse, g_target, g_sum, g_mean)):
+    if all(g is None for g in (g_lse, g_target, g_sum, g_neg_entropy)):
         return (None, None, None, *none)
-    if g_mean is not None and not ctx.has_lse:
-        raise RuntimeError("the gradient of mean_logit needs lse: ask row_stats for both")
+    if g_neg_entropy is not None and not ctx.has_lse:
+        raise RuntimeError("the gradient of neg_entropy needs lse: ask row_stats for both")
     dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
-        x, weight, bias, target, class_weight, lse, mean_logit, g_lse, g_target, g_sum, g_mean, *ctx.plan, mask
+        x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy, *ctx.plan, mask
     )
     return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
 

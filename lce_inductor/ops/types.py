@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .epilogue import Steps
 
-# Bits of `stats`: logsumexp, logit at the target, (weighted) sum, softmax-weighted mean, maximum, its index.
-LSE, TARGET, SUM, MEAN, MAX, ARGMAX = 1, 2, 4, 8, 16, 32
+# Bits of `stats`: logsumexp, logit at the target, (weighted) sum, sum of p log p, maximum, its index.
+LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX = 1, 2, 4, 8, 16, 32
 
 NO_TARGET = -(2**63)  # torch.iinfo(torch.int64).min: this row has no target in this column
 
@@ -52,30 +52,30 @@ class RowGrads:
             in the same call.
         target: [N, K].
         sum: [N].
-        mean: [N].
+        neg_entropy: [N].
     """
 
     lse: Tensor | None = None
     lse_slope: Tensor | None = None
     target: Tensor | None = None
     sum: Tensor | None = None
-    mean: Tensor | None = None
+    neg_entropy: Tensor | None = None
 
     def all_none(self) -> bool:
         """True where the loss does not depend on the head at all."""
-        return all(g is None for g in (self.lse, self.lse_slope, self.target, self.sum, self.mean))
+        return all(g is None for g in (self.lse, self.lse_slope, self.target, self.sum, self.neg_entropy))
 
 
 class Stats(NamedTuple):
     """Row statistics of Y; what was not asked for has shape [0].
 
-    lse, sum_logits, mean_logit, max_logit: [N]; target_logit: [N, K]; fp64 for fp64 inputs, else fp32.
+    lse, sum_logits, neg_entropy, max_logit: [N]; target_logit: [N, K]; fp64 for fp64 inputs, else fp32.
     argmax: int64 [N].
     """
 
     lse: Tensor
     target_logit: Tensor
     sum_logits: Tensor
-    mean_logit: Tensor
+    neg_entropy: Tensor
     max_logit: Tensor
     argmax: Tensor

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..config import Config
-from ..ops.types import ARGMAX, LSE, MAX, MEAN, NO_TARGET, SUM, TARGET
+from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET
 from .edits import fold
 from .emit import PROVENANCE, VALUES, Emitter, materialize, replay
 from .forms import ClassMap, Edit, Ref, Want
@@ -27,7 +27,7 @@ from .rules_head import ref_info
 from .rules_reduce import item
 from .walk import HeadPlan, Walk
 
-_STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, MEAN: 3, MAX: 4, ARGMAX: 5}
+_STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, NEG_ENTROPY: 3, MAX: 4, ARGMAX: 5}
 aten = torch.ops.aten
 ops = torch.ops.lce_inductor
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from ..ops.types import ARGMAX, LSE, MAX, MEAN, SUM, TARGET
+from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
 from ..reasons import refuse
 from .canon import Call, canonical
 from .emit import Emitter
@@ -168,20 +168,23 @@ def mean(walk: Walk, call: Call, form: Any) -> Outcome:
 
 
 def _expectation(call: Call, form: Product) -> Outcome:
-    """sum p * values: the expectation of the values under the row's softmax."""
+    """sum p * values: the expectation of (log-)logits, without offsets, under the row's softmax."""
     values = form.values
     if not over_classes(values, call.get("dim")):
         return None
     keepdim = bool(call.get("keepdim", False))
 
     def write(e: Emitter) -> Node:
-        value = _at(e, values, e.rows(e.stat(Want(MEAN))))
-        return e.keep(value if form.coef == 1.0 else e.times(value, form.coef), keepdim)
+        value = e.rows(e.stat(Want(NEG_ENTROPY)))
+        if not values.normalized:
+            value = e.plus(value, e.rows(e.stat(Want(LSE))))
+        coef = form.coef * values.coef
+        return e.keep(value if coef == 1.0 else e.times(value, coef), keepdim)
 
     both = dataclasses.replace(values, detached=values.detached and form.probs.detached)
     if values.detached != form.probs.detached:
         return None  # one of two gradients
-    return _terminal(call, both, [Want(MEAN), Want(LSE)], write)
+    return _terminal(call, both, [Want(NEG_ENTROPY), Want(LSE)], write)
 
 
 def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:

@@ -30,7 +30,8 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     mask = backward.args[-1]
     x = forward.args[0].meta["val"]  # type: ignore[union-attr]
     grads: list[Node | None] = [
-        found.grads[name].const if name in found.grads else None for name in ("g_lse", "g_target", "g_sum", "g_mean")
+        found.grads[name].const if name in found.grads else None
+        for name in ("g_lse", "g_target", "g_sum", "g_neg_entropy")
     ]
     slope = found.grads["g_lse"].slope if "g_lse" in found.grads else None
     writer = _Writer(graph, forward)

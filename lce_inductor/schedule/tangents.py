@@ -22,7 +22,7 @@ prims = torch.ops.prims
 ops = torch.ops.lce_inductor
 
 # Positions in row_stats_backward's arguments, and the names row_stats_with_grad gives to them.
-ROW_GRADIENTS = {"g_lse": 7, "g_target": 8, "g_sum": 9, "g_mean": 10}
+ROW_GRADIENTS = {"g_lse": 7, "g_target": 8, "g_sum": 9, "g_neg_entropy": 10}
 HEAD_ARGS = 5
 LSE_ARG = 5
 
