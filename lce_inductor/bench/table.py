@@ -1,0 +1,112 @@
+"""What the user reads: the machine, a table for each shape, and a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import lce_inductor
+
+from .implementations import IMPLEMENTATIONS
+from .measure import OK, Row
+from .reference import DTYPES
+
+MIB = 1 << 20
+HEADINGS = ("", "ms", "of floor", "added MiB", "loss", "dX", "dW", "")
+CSV_FIELDS = (
+    "impl", "N", "H", "V", "dtype", "device", "reduction", "forward_only", "peaked", "status", "ms", "floor_ms",
+    "added_bytes", "err_loss", "err_dx", "err_dw", "first_s", "reps", "torch", "hardware", "detail",
+)  # fmt: skip
+
+
+def hardware(device: str) -> str:
+    """The device's name, on a CPU with the number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def header(device: str, impls: Iterable[str]) -> str:
+    """Hardware and the versions of everything that is compared."""
+    versions = [f"torch {torch.__version__}", f"lce_inductor {lce_inductor.__version__}"]
+    if device.startswith("cuda"):
+        import triton
+
+        versions += [f"CUDA {torch.version.cuda}", f"triton {triton.__version__}"]
+    versions += dict.fromkeys(v for name in impls if name in IMPLEMENTATIONS if (v := IMPLEMENTATIONS[name].version()))
+    return f"{hardware(device)}; Python {platform.python_version()}; {', '.join(versions)}"
+
+
+def title(row: Row) -> str:
+    """What all rows of one shape have in common."""
+    job = row.job
+    size = job.shape.logits * DTYPES[job.dtype].itemsize / MIB
+    parts = [f"N={job.shape.N} H={job.shape.H} V={job.shape.V}", job.dtype, job.device, job.reduction]
+    parts += ["forward only"] if job.forward_only else []
+    parts += ["peaked logits"] if job.peaked else []
+    return f"{', '.join(parts)} (logits: {size:,.1f} MiB)"
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table, in the order of HEADINGS."""
+    added = "" if row.added_bytes is None else f"{row.added_bytes / MIB:,.1f}"
+    ms = "" if row.ms is None else f"{row.ms:,.1f}" if row.ms >= 10 else f"{row.ms:.3f}"
+    ratio = "" if row.of_floor is None else f"{row.of_floor:.2f}"
+    errors = ["" if e is None else f"{e:.1e}" for e in (row.err_loss, row.err_dx, row.err_dw)]
+    note = "" if row.status == OK else f"{row.status}: {row.detail}" if row.detail else row.status
+    return [row.job.impl, ms, ratio, added, *errors, note]
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the rows of one shape, with rich if it is installed."""
+    body = [cells(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print("\n".join(plain(title(rows[0]), body)))
+        return
+    table = Table(title=title(rows[0]), title_justify="left", title_style="bold")
+    last = len(HEADINGS) - 1
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if 0 < i < last else "left", no_wrap=i < last, overflow="fold")
+    for line in body:
+        table.add_row(*line)
+    Console(highlight=False).print(table)
+
+
+def plain(caption: str, body: Sequence[Sequence[str]]) -> list[str]:
+    """The same table as lines of text: names and notes to the left, numbers to the right."""
+    lines = [HEADINGS, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    last = len(HEADINGS) - 1
+
+    def text(line: Sequence[str]) -> str:
+        parts = [c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        return "  ".join(parts).rstrip()
+
+    return ["", caption, *map(text, lines)]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Every row and figure, with versions and hardware; an empty field was not measured."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_FIELDS)
+        for row in rows:
+            shape = {name: getattr(row.job.shape, name) for name in "NHV"}
+            run = {"torch": torch.__version__, "hardware": hardware(row.job.device)}
+            values = {**vars(row.job), **vars(row), **shape, **run}
+            writer.writerow(["" if values[name] is None else values[name] for name in CSV_FIELDS])
