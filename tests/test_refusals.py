@@ -50,6 +50,9 @@ CASES: dict[str, dict[str, Fn]] = {
         )(F.linear(x, w)),
         "integer logits": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.to(torch.int64).sum())(F.linear(x, w)),
         "alpha": lambda x, w, y: F.cross_entropy(torch.add(F.linear(x, w), w.sum(1), alpha=2), y),
+        "columns by index": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z[:, y.clamp(min=0)].sum())(F.linear(x, w)),
+        "rows repeated": lambda x, w, y: F.cross_entropy(F.linear(x, w)[:1].expand(len(y), -1), y),
+        "trained class weights": lambda x, w, y: -(F.log_softmax(F.linear(x, w), -1) * w.sum(1)).sum(-1).mean(),
         "branch": lambda x, w, y: F.cross_entropy(torch.where(x.sum() > 0, F.linear(x, w), 0.0), y),
     },
     "mutated": {
@@ -62,12 +65,14 @@ CASES: dict[str, dict[str, Fn]] = {
     "order": {
         "pseudo labels": lambda x, w, y: (lambda z: F.cross_entropy(z, z.argmax(-1)))(F.linear(x, w)),
         "labels changed twice": lambda x, w, y: (
-            lambda z: (
-                y.fill_(1),
-                F.cross_entropy(z.clone(), y.clone()),
-                y.fill_(2),
-                F.cross_entropy(z, y),
-            )[-1]
+            lambda z: sum(
+                (
+                    y.fill_(1)[0] * 0,
+                    F.cross_entropy(z.clone(), y.clone()),
+                    y.fill_(2)[0] * 0,
+                    F.cross_entropy(z, y),
+                )
+            )
         )(F.linear(x, w)),
     },
     "class-dim": {

@@ -87,6 +87,7 @@ _ATEN_PARAMS: dict[str, tuple[str, ...]] = {
 
 _ALIASES = {
     "mm": "matmul",
+    "bmm": "matmul",
     "__matmul__": "matmul",
     "float": "cast",
     "half": "cast",
@@ -104,6 +105,8 @@ _ALIASES = {
     "_log_softmax": "log_softmax",
     "logits_to_log_probs": "log_softmax",
     "nll_loss_forward": "nll_loss",
+    "nll_loss2d": "nll_loss",
+    "nll_loss2d_forward": "nll_loss",
     "nll_loss_nd": "nll_loss",
     "cross_entropy_loss": "cross_entropy",
     "__getitem__": "getitem",
@@ -205,6 +208,9 @@ def _aten_call(node: Node, target: torch._ops.OpOverload) -> Call:
     if params is None:
         params = tuple("input" if a.name == "self" else a.name for a in target._schema.arguments)
     call = _bind(name, node, params, node.args, dict(node.kwargs))
+    if str(target) == "aten.index.Tensor":  # None stands for a whole dimension
+        key = tuple(slice(None) if i is None else i for i in call.args["indices"])
+        return Call("getitem", node, {"input": call.get("input"), "key": key})
     if isinstance(call.get("reduction"), int):
         call.args["reduction"] = _REDUCTIONS[call.args["reduction"]]
     if str(target._schema.name) in ("aten::_log_softmax", "aten::_softmax"):  # the third argument is half_to_float

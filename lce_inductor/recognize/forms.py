@@ -144,13 +144,14 @@ class Product:
 @dataclasses.dataclass(frozen=True)
 class OneHot:
     """`coef * one_hot(index) + shift`, shaped like `like`: soft targets made of class indices. Without an index it
-    is the constant `shift`."""
+    is the constant `shift`, times `weight` [V] if there is one."""
 
     like: ClassMap
     index: Node | None = None
     column: tuple[int, int] | None = None
     coef: float = 0.0
     shift: float = 0.0
+    weight: Node | None = None
 
     @property
     def head(self) -> Head:

@@ -25,6 +25,7 @@ from .place import Group, selecting
 from .rules_elementwise import num_classes
 from .rules_head import ref_info
 from .rules_reduce import item
+from .values import info
 from .walk import HeadPlan, Walk
 
 _STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, NEG_ENTROPY: 3, MAX: 4, ARGMAX: 5}
@@ -221,7 +222,7 @@ def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dic
     # A maximum is differentiated as the logit at its index.
     bits |= ARGMAX if bits & MAX else 0
     stats = writer.call(
-        ops.head_stats.default, x, writer.weight, writer.bias, targets, ignored, writer.ref(group.class_weight),
+        ops.head_stats.default, x, writer.weight, writer.bias, targets, ignored, _class_weight(writer, group),
         writer.steps, bits, config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
     parts: dict[int, Node] = {}
@@ -232,6 +233,13 @@ def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dic
             part = parts[want.bit] = writer.call(operator.getitem, stats, _STAT_INDEX[want.bit])
         columns[want] = writer.call(aten.select.int, part, -1, where[want]) if want.bit == TARGET else part
     return stats, columns
+
+
+def _class_weight(writer: _Head, group: Group) -> Any:
+    """[V], from whatever shape broadcast against the logits."""
+    node = writer.ref(group.class_weight)
+    known = info(node)
+    return node if known is None or len(known.shape) == 1 else writer.call(aten.reshape.default, node, [-1])
 
 
 def _target(writer: _Head, want: Want) -> Node:

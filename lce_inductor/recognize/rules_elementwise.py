@@ -67,7 +67,7 @@ def mul(walk: Walk, call: Call, form: Any) -> Outcome:
     if a is not None and b is not None:
         return _product(call, a, b)
     form, other = (a, right) if a is not None else (b, left)
-    c, out = number(other), info(call.node)
+    c, out, known = number(other), info(call.node), info(other)
     if isinstance(form, (Product, OneHotProduct)):
         return None if c is None or out is None else dataclasses.replace(form, coef=form.coef * c, dtype=out.dtype)
     if isinstance(form, OneHot):
@@ -84,6 +84,9 @@ def mul(walk: Walk, call: Call, form: Any) -> Outcome:
     extent = _extent(form, other)
     if extent == "all" and _floating(other):
         return refuse("soft-targets", call.node)
+    if extent == "class" and not form.plain and out is not None:
+        constant = known is not None and not known.requires_grad
+        return OneHotProduct(form, OneHot(form, shift=1.0, weight=other), 1.0, out.dtype) if constant else None
     name = {"number": "scale", "class": "class_scale"}.get(extent)
     return edited(form, Edit(name, (other,)), call) if name and _floating(other) else None
 

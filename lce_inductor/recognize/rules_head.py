@@ -1,6 +1,6 @@
 """Where a form starts: the products that may be heads.
 
-linear(x, W, b)   x @ W.T   matmul / mm / addmm(b, x, W.T)   einsum("bth,vh->btv", x, W)
+linear(x, W, b)   x @ W.T   matmul / mm / addmm(b, x, W.T)   einsum("bth,vh->btv", x, W)   bmm(x[None], W.T[None])
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..reasons import Refusal, refuse
 from .canon import Attr, Call, canonical, tensor_attr
 from .forms import ClassMap, Head, Ref
-from .values import Info, info, same_shape
+from .values import Info, info, same, same_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,9 +78,45 @@ def _linear(call: Call, out: Info) -> _Parts | None:
 def _matmul(call: Call, out: Info) -> _Parts | None:
     x, weight = call.get("input"), call.get("other")
     a, b = info(x), info(weight)
-    if call.get("out") is not None or a is None or b is None or len(b.shape) != 2 or len(a.shape) < 2:
+    if call.get("out") is not None or a is None or b is None or len(a.shape) < 2:
         return None
-    return x, weight, True, None
+    if len(b.shape) == 2:
+        return x, weight, True, None
+    flat = _one_matrix(weight) if len(a.shape) == len(b.shape) == 3 and same(a.shape[0], 1) else None
+    return None if flat is None else (x, flat[0], flat[1], None)
+
+
+def _one_matrix(weight: Node) -> tuple[Node, bool] | None:
+    """The matrix behind a batch of one, [1, H, V], and whether it is [H, V]: what einsum makes of its operands."""
+    traced = _dims(weight)
+    if traced is None or traced[1] not in ([None, 0, 1], [None, 1, 0]):
+        return None
+    return traced[0], traced[1] == [None, 0, 1]
+
+
+def _dims(node: Any) -> tuple[Node, list[int | None]] | None:
+    """A matrix and which of its dimensions each of the node's own is; None for those of size one put around them."""
+    known, call = info(node), canonical(node) if isinstance(node, Node) else None
+    if known is None:
+        return None
+    if len(known.shape) == 2:
+        return node, [0, 1]
+    inner = _dims(call.get("input")) if call is not None else None
+    if call is None or inner is None:
+        return None
+    base, dims = inner
+    if call.name == "unsqueeze":
+        at = call.get("dim") % len(known.shape)
+        return base, [*dims[:at], None, *dims[at:]]
+    if call.name == "permute":
+        return base, [dims[d] for d in call.get("dims")]
+    if call.name == "reshape" and all(isinstance(s, int) for s in known.shape):
+        rest = [d for d in dims if d is not None]
+        wide = [s for s in known.shape if s != 1]
+        matrix = info(base)
+        if matrix is not None and len(wide) == 2 and all(same(matrix.shape[d], s) for d, s in zip(rest, wide)):
+            return base, [None if s == 1 else rest.pop(0) for s in known.shape]
+    return None
 
 
 def _addmm(call: Call, out: Info) -> _Parts | None:

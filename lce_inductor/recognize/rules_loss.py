@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .walk import Walk
 
 
+_PAIRS = (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default)
+
+
 @rule("cross_entropy", "nll_loss")
 def cross_entropy(walk: Walk, call: Call, form: Any) -> Outcome:
     """Both are one formula of the statistics: the loss of log-probabilities does not change if they are
@@ -55,8 +58,8 @@ def cross_entropy(walk: Walk, call: Call, form: Any) -> Outcome:
     wants = [Want(LSE), Want(TARGET, target, ignore_index)]
     if smoothing > 0:
         wants.append(Want(SUM, weight))
-    # aten::nll_loss_forward gives (loss, total weight); nobody but its own backward reads the second.
-    pair = call.node.target is torch.ops.aten.nll_loss_forward.default
+    # They give (loss, total weight); nobody but their own backward reads the second.
+    pair = call.node.target in _PAIRS
     if pair and any(u.args[1] != 0 and u.users for u in node.users):
         return None
     out = next((u for u in node.users if u.args[1] == 0), None) if pair else node

@@ -145,11 +145,12 @@ def total(walk: Walk, call: Call, form: Any) -> Outcome:
     return _terminal(call, form, [Want(SUM)], lambda e: e.keep(_total(e, form), keepdim))
 
 
-def _total(e: Emitter, form: ClassMap) -> Node:
-    """The sum over classes of a form without exp."""
-    value, shift = e.rows(e.stat(Want(SUM))), _shift(e, form)
+def _total(e: Emitter, form: ClassMap, weight: Node | None = None) -> Node:
+    """The sum over classes, weighted if asked, of a form without exp."""
+    value, shift = e.rows(e.stat(Want(SUM, weight))), _shift(e, form)
     if shift is not None:
-        value = e.plus(value, e.times(shift, e.num_classes))
+        count = e.num_classes if weight is None else e.unary("sum", e.ref(weight))
+        value = e.plus(value, e.times(shift, count))
     return value if form.coef == 1.0 else e.times(value, form.coef)
 
 
@@ -196,7 +197,7 @@ def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
     want = Want(TARGET, hot.index, None, hot.column)
     wants = [want] if hot.index is not None else []
     if hot.shift != 0.0:
-        wants.append(Want(SUM))
+        wants.append(Want(SUM, hot.weight))
     if not wants or values.exp:
         return None
 
@@ -205,7 +206,7 @@ def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
         if hot.index is not None:
             value = e.times(_at(e, values, e.rows(e.stat(want))), form.coef * hot.coef)
         if hot.shift != 0.0:
-            spread = e.times(_total(e, values), form.coef * hot.shift)
+            spread = e.times(_total(e, values, hot.weight), form.coef * hot.shift)
             value = spread if value is None else e.plus(value, spread)
         assert value is not None
         return e.keep(value, keepdim)

@@ -19,7 +19,7 @@ from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Part
 from .rules_elementwise import num_classes
 from .rules_head import DTYPES
 from .rules_reduce import index_rows
-from .values import info, same
+from .values import info, same, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -44,6 +44,13 @@ def same_values(walk: Walk, call: Call, form: Any) -> Outcome:
     return form
 
 
+@rule("expand")
+def expand(walk: Walk, call: Call, form: Any) -> Outcome:
+    """To the shape that it has."""
+    known, out = info(call.get("input")), info(call.node)
+    return form if known is not None and out is not None and same_shape(known.shape, out.shape) else None
+
+
 @rule("detach")
 def detach(walk: Walk, call: Call, form: Any) -> Outcome:
     return form.detach() if isinstance(form, ClassMap) else None
@@ -65,12 +72,24 @@ def reshape(walk: Walk, call: Call, form: Any) -> Outcome:
     """Row-major order is kept, so rows stay whole exactly when the last dimension still is the class dimension."""
     sizes = call.get("shape")
     if isinstance(form, ClassMap) and not form.class_last:
-        return refuse("class-dim", call.node)
+        return _reshape_around(call, form) or refuse("class-dim", call.node)
     if not sizes or any(not _size(s) for s in sizes):
         return None
     moved = _append(call, form, RowOp("reshape", (*sizes[:-1], CLASSES)))
     mixed = moved is None and isinstance(form, ClassMap) and not form.offset
     return refuse("class-dim", call.node) if mixed else moved
+
+
+def _reshape_around(call: Call, form: ClassMap) -> ClassMap | None:
+    """[B, V, T] -> [B, V, 1, T]: the dimensions before the classes and the classes stay, rows behind them regroup."""
+    known, out, at = info(call.get("input")), info(call.node), form.class_dim
+    if known is None or out is None or form.offset or not same_shape(known.shape[: at + 1], out.shape[: at + 1]):
+        return None
+    sizes = call.get("shape")
+    if not sizes or any(not _size(s) for s in sizes):
+        return None
+    rows = (*sizes[:at], *sizes[at + 1 :], CLASSES)
+    return form.with_(rows=(*form.rows, RowOp("reshape", rows)), ndim=len(out.shape))
 
 
 def _size(value: Any) -> bool:
@@ -242,6 +261,8 @@ def select(walk: Walk, call: Call, form: Any) -> Outcome:
 
 
 def _along(call: Call, form: Any, dim: Any, key: Any) -> Outcome:
+    if isinstance(form, Parts) and form.dim is not None and isinstance(dim, int) and _index(key):
+        return _member(call, form, (*[slice(None)] * (dim % (form.items[0].ndim + 1)), key))
     if not isinstance(form, ClassMap) or not isinstance(dim, int) or not form.class_last or not _index(key):
         return None
     return take(call, form, (*[slice(None)] * (dim % form.ndim), key))

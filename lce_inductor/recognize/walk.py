@@ -51,6 +51,7 @@ class Walk:
         self.effects = Effects(graph)
         self.forms: dict[Node, Form] = {}
         self.plans: dict[Node, HeadPlan] = {}
+        self.dead = _dead(graph, self.effects)
 
     def form(self, node: Any) -> Form | None:
         return self.forms.get(node) if isinstance(node, Node) else None
@@ -69,6 +70,10 @@ class Walk:
     def _read(self, node: Node) -> None:
         call = canonical(node)
         inputs = [self.forms[a] for a in node.all_input_nodes if a in self.forms]
+        if node in self.dead:
+            if len({f.head for f in inputs}) == 1:
+                self.forms[node] = inputs[0]  # so that it goes with the head
+            return
         found = head_of(call) if call is not None else None
         if found is not None:  # also of a form: what looked like logits was the layer before
             head, form, refusal = found
@@ -131,6 +136,16 @@ class Walk:
                 self.plans[form.head.node].returned.append(arg)
             elif form is not None:
                 self._refuse(form, refuse("escape", node))
+
+
+def _dead(graph: Graph, effects: Effects) -> set[Node]:
+    """What nobody reads, of the operations that have a rule: autograd's own copies in graphs of make_fx."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        call = None if node in effects.writes or node.op == "output" else canonical(node)
+        if call is not None and call.name in RULES and all(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:

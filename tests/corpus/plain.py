@@ -119,24 +119,24 @@ def addmm(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(torch.addmm(bias, x, weight.t()), labels.view(-1))
 
 
-@case("plain/einsum-vd", aten=False)
+@case("plain/einsum-vd")
 def einsum_vd(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = torch.einsum("bsd,vd->bsv", h, weight)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-@case("plain/einsum-dv", aten=False)
+@case("plain/einsum-dv")
 def einsum_dv(x: Tensor, weight_t: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(torch.einsum("nd,dv->nv", x, weight_t), labels.flatten())
 
 
-@case("plain/einsum-ellipsis", aten=False)
+@case("plain/einsum-ellipsis")
 def einsum_ellipsis(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = torch.einsum("...d,vd->...v", h, weight)
     return F.cross_entropy(logits.reshape(-1, logits.size(-1)), labels.reshape(-1))
 
 
-@case("plain/einsum-class-first", aten=False)
+@case("plain/einsum-class-first")
 def einsum_class_first(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     # The class dimension comes out second, as the loss wants it.
     return F.cross_entropy(torch.einsum("btd,vd->bvt", h, weight), labels)
