@@ -25,5 +25,5 @@ out of memory, or a crash, is a row and not the end.
 with V rounded up to a multiple of 64, and nothing else.
 
 On CUDA, memory is the allocator's peak; on the CPU it is summed from the profiler's allocation events, since the size
-of the process also shows the compiler. rich (table, progress) and matplotlib (--plot) are optional.
+of the process also shows the compiler. rich (a progress bar) and matplotlib (--plot) are optional.
 """

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         if args.plot is not None:
             path = args.plot.with_name(f"{args.plot.name}-{dimension}.png")
             chosen = [row for row in rows if row.job.shape in part]
-            plots.draw(path, dimension, chosen, f"{table.title(chosen[0]).partition(' (')[0]}\n{machine}")
+            plots.draw(path, dimension, chosen, f"{table.title(chosen[0], but=dimension)}\n{machine}")
             print(f"picture: {path}")
     return 1 if any(row.status in (WRONG, FAILED) for row in rows) else 0
 

@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class NotApplied(RuntimeError):
-    """A compiler pass was asked for and did nothing, so that its row would show something else."""
+    """What the row's name says does not happen here, so that its figures would be something else's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Implementation:
         package: (module, distribution) that has to be installed.
         devices, reductions: those that it can run on and compute.
         exists: is it in this version of torch?
-        applied: after the first step, did the compiler pass that it is about do its work?
+        idle: after the first step, why the compiler pass that it is about did nothing; empty if it did its work.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Implementation:
     devices: tuple[str, ...] = ("cpu", "cuda")
     reductions: tuple[str, ...] = ("mean", "sum", "none")
     exists: Callable[[], bool] = lambda: True
-    applied: Callable[[], bool] = lambda: True
+    idle: Callable[[], str] = lambda: ""
 
     def obstacle(self, device: str) -> str:
         """Why it cannot run here, or nothing."""
@@ -90,11 +90,14 @@ def torch_compile(reduction: str) -> Loss:
     return torch.compile(eager(reduction))
 
 
-def _rewritten() -> bool:
-    return torch._dynamo.utils.counters["lce_inductor"]["rewritten"] > 0
+def _not_rewritten() -> str:
+    counters = torch._dynamo.utils.counters["lce_inductor"]
+    if counters["rewritten"]:
+        return ""
+    return f"rewrote nothing ({', '.join(f'{k}: {n}' for k, n in counters.items() if n) or 'no head seen'})"
 
 
-@implementation("lce_inductor", applied=_rewritten)
+@implementation("lce_inductor", idle=_not_rewritten)
 def lce_inductor(reduction: str) -> Loss:
     """torch.compile of the same function with the passes; small heads too, since the user asked for this size."""
     from lce_inductor import install
@@ -109,13 +112,13 @@ def _has_auto_chunker() -> bool:
     return hasattr(torch._inductor.config, "auto_chunker")
 
 
-def _chunked() -> bool:
+def _not_chunked() -> str:
     from torch._inductor import metrics
 
-    return getattr(metrics, "num_auto_chunking", 1) > 0
+    return "" if getattr(metrics, "num_auto_chunking", 1) else "chunked nothing"
 
 
-@implementation("auto_chunker", exists=_has_auto_chunker, applied=_chunked)
+@implementation("auto_chunker", exists=_has_auto_chunker, idle=_not_chunked)
 def auto_chunker(reduction: str) -> Loss:
     """Inductor's own pass. Its threshold on V / H is lowered: the default leaves many of these heads alone."""
     import torch._inductor.config

@@ -24,7 +24,7 @@ def can_plot() -> bool:
 def draw(path: Path, dimension: str, rows: Sequence[Row], caption: str) -> None:
     """Write a PNG with two panels over N, H or V. A cross at the upper edge marks a size that ran out of memory."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -47,12 +47,13 @@ def draw(path: Path, dimension: str, rows: Sequence[Row], caption: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axis.set_minor_locator(NullLocator())
         axes.set(xlabel=_NAMES[dimension], ylabel=label, title=label.partition(" (")[0])
         axes.tick_params(axis="x", labelrotation=30 if len(sizes) > 5 else 0)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if any(row.status == OK for row in rows):
         panels[0].legend(loc="upper left", fontsize=9)

@@ -14,6 +14,7 @@ import lce_inductor
 from .implementations import IMPLEMENTATIONS
 from .measure import OK, Row
 from .reference import DTYPES
+from .shapes import DIMENSIONS
 
 MIB = 1 << 20
 HEADINGS = ("", "ms", "of floor", "added MiB", "loss", "dX", "dW", "")
@@ -49,14 +50,15 @@ def header(device: str, impls: Iterable[str]) -> str:
     return f"{hardware(device)}; Python {platform.python_version()}; {', '.join(versions)}"
 
 
-def title(row: Row) -> str:
-    """What all rows of one shape have in common."""
+def title(row: Row, but: str = "") -> str:
+    """What all rows of one shape have in common, or all of a sweep over the dimension `but`."""
     job = row.job
-    size = job.shape.logits * DTYPES[job.dtype].itemsize / MIB
-    parts = [f"N={job.shape.N} H={job.shape.H} V={job.shape.V}", job.dtype, job.device, job.reduction]
+    parts = [" ".join(f"{name}={getattr(job.shape, name)}" for name in DIMENSIONS if name != but)]
+    parts += [job.dtype, job.device, job.reduction]
     parts += ["forward only"] if job.forward_only else []
     parts += ["peaked logits"] if job.peaked else []
-    return f"{', '.join(parts)} (logits: {size:,.1f} MiB)"
+    size = f" (logits: {job.shape.logits * DTYPES[job.dtype].itemsize / MIB:,.1f} MiB)"
+    return ", ".join(parts) + ("" if but else size)
 
 
 def cells(row: Row) -> list[str]:
@@ -70,34 +72,13 @@ def cells(row: Row) -> list[str]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the rows of one shape, with rich if it is installed."""
-    body = [cells(row) for row in rows]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        print("\n".join(plain(title(rows[0]), body)))
-        return
-    table = Table(title=title(rows[0]), title_justify="left", title_style="bold")
-    last = len(HEADINGS) - 1
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if 0 < i < last else "left", no_wrap=i < last, overflow="fold")
-    for line in body:
-        table.add_row(*line)
-    Console(highlight=False).print(table)
-
-
-def plain(caption: str, body: Sequence[Sequence[str]]) -> list[str]:
-    """The same table as lines of text: names and notes to the left, numbers to the right."""
-    lines = [HEADINGS, *body]
+    """Print the rows of one shape: names and notes to the left, numbers to the right."""
+    lines = [HEADINGS, *map(cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    last = len(HEADINGS) - 1
-
-    def text(line: Sequence[str]) -> str:
-        parts = [c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        return "  ".join(parts).rstrip()
-
-    return ["", caption, *map(text, lines)]
+    print(f"\n{title(rows[0])}")
+    for name, *numbers, note in lines:
+        right = (number.rjust(width) for number, width in zip(numbers, widths[1:]))
+        print("  ".join((name.ljust(widths[0]), *right, note)).rstrip(), flush=True)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -106,7 +87,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(CSV_FIELDS)
         for row in rows:
-            shape = {name: getattr(row.job.shape, name) for name in "NHV"}
+            shape = {name: getattr(row.job.shape, name) for name in DIMENSIONS}
             run = {"torch": torch.__version__, "hardware": hardware(row.job.device)}
             values = {**vars(row.job), **vars(row), **shape, **run}
             writer.writerow(["" if values[name] is None else values[name] for name in CSV_FIELDS])
