@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from . import watch
 from .config import Config, make_config
 
 _HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
@@ -39,17 +40,17 @@ def install(**settings: Any) -> None:
     config = make_config(settings)
     with _lock:
         if _installed is not None:
-            if _installed.config == config and _in_place(_installed):
+            if _installed.config == config and is_installed():
                 return
             uninstall()
         from torch._inductor import config as inductor
 
-        passes = _passes(config)
-        before = {hook: getattr(inductor, hook) for hook in _HOOKS}
-        after = {hook: _join(before[hook], passes[hook]) for hook in _HOOKS}
+        before = hooks()
+        after = with_passes(before, config)
         for hook, value in after.items():
             setattr(inductor, hook, value)
         _installed = _Installed(config, before, after)
+        watch.arm()
 
 
 def uninstall() -> None:
@@ -66,11 +67,12 @@ def uninstall() -> None:
             untouched = now is _installed.after[hook] and _unchanged(now, _installed.before[hook])
             setattr(inductor, hook, _installed.before[hook] if untouched else _without(now))
         _installed = None
+        watch.disarm()
 
 
 def is_installed() -> bool:
     """Are the passes in Inductor's hooks right now (from torch 2.13 on: in this thread)?"""
-    return _installed is not None and _in_place(_installed)
+    return _installed is not None and settings_in(hooks()) == _installed.config
 
 
 def current_config() -> Config | None:
@@ -96,10 +98,30 @@ def inductor_options(**settings: Any) -> dict[str, Any]:
 
     `options=` replaces the hooks for that function, so the passes in the hooks now are included.
     """
+    return with_passes(hooks(), make_config(settings))
+
+
+def hooks(options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What Inductor's hooks hold in a compile with these options."""
     from torch._inductor import config as inductor
 
-    passes = _passes(make_config(settings))
-    return {hook: _join(_without(getattr(inductor, hook)), passes[hook]) for hook in _HOOKS}
+    return {hook: getattr(inductor, hook) for hook in _HOOKS} | {
+        hook: value for hook, value in (options or {}).items() if hook in _HOOKS
+    }
+
+
+def with_passes(found: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The hooks with our passes, of these settings, behind those of others."""
+    passes = _passes(config)
+    return {hook: _join(_without(value), passes[hook]) for hook, value in found.items()}
+
+
+def settings_in(found: dict[str, Any]) -> Config | None:
+    """The settings of our passes in these hooks; None if one of them is missing."""
+    from .passes import _Pass
+
+    ours = [next((p.config for p in _items(found[hook]) if isinstance(p, _Pass)), None) for hook in _HOOKS]
+    return ours[0] if ours[0] == ours[1] else None
 
 
 def _passes(config: Config) -> dict[str, Any]:
@@ -144,14 +166,3 @@ def _without(value: Any) -> Any:
 def _unchanged(now: Any, before: Any) -> bool:
     """A user may append to the list that install() made."""
     return len(_items(now)) == len(_items(before)) + 1
-
-
-def _in_place(state: _Installed) -> bool:
-    from torch._inductor import config as inductor
-
-    from .passes import _Pass
-
-    def holds(hook: str) -> bool:
-        return any(isinstance(p, _Pass) and p.config == state.config for p in _items(getattr(inductor, hook)))
-
-    return all(map(holds, _HOOKS))

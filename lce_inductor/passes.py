@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from . import report
+from . import report, watch
 from .backup import Backup
 from .config import Config
 from .ops import schema  # noqa: F401  (registers the ops)
@@ -73,8 +73,13 @@ class RecognizePass(_Pass):
 
     stage = "recognize"
 
+    def uuid(self) -> Any:
+        watch.begin(self.config)  # a cache asks for its key: from torch 2.12 on, the pass may not run after that
+        return super().uuid()
+
     def run(self, graph: Graph) -> None:
-        report.publish(report.records_of(recognize(graph, self.config), self.config))
+        plans = recognize(graph, self.config)
+        watch.saw(report.records_of(graph, plans, self.config), self.config)
 
 
 class SchedulePass(_Pass):

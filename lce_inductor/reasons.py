@@ -84,6 +84,36 @@ _ROWS = (
         "none: the caller wants the logits",
     ),
     Reason(
+        "no-head",
+        "the loss reads logits that no linear of this graph computes",
+        "compile the head and the loss in one function",
+    ),
+    Reason(
+        "graph-break",
+        "the head and its loss are in two graphs: torch.compile broke the graph between them",
+        "take what breaks the graph out from between them, or behind `if not torch.compiler.is_compiling()`",
+    ),
+    Reason(
+        "loss-outside",
+        "the compiled function returns logits that need a gradient; their loss is computed outside it",
+        "compile the function that calls the model and the loss",
+    ),
+    Reason(
+        "not-installed",
+        "the passes are not in Inductor's hooks, else this head would be rewritten",
+        "call lce_inductor.install() before the first call of the compiled function, in the thread that compiles",
+    ),
+    Reason(
+        "hooks-replaced",
+        "options= of this torch.compile replaces the hooks that hold the passes, else this head would be rewritten",
+        "set your own pass in torch._inductor.config before lce_inductor.install(), and leave the hook out of options=",
+    ),
+    Reason(
+        "other-backend",
+        "this torch.compile uses another backend than Inductor, else this head would be rewritten",
+        "leave backend= at its default, 'inductor'",
+    ),
+    Reason(
         "class-weight-grad",
         "the class weights of the loss require a gradient",
         "detach the class weights; torch's cross_entropy gives them no gradient either",

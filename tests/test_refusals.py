@@ -120,6 +120,14 @@ CASES: dict[str, dict[str, Fn]] = {
 
 # Codes that no function of plain tensors on one device can show; each has a test of its own below.
 ELSEWHERE = {"no-loss", "internal-error", "lora", "no-shapes", "layout", "dtype"}
+ELSEWHERE |= {
+    "no-head",
+    "graph-break",
+    "loss-outside",
+    "not-installed",
+    "hooks-replaced",
+    "other-backend",
+}  # test_explain.py
 
 NAMES = [(code, name) for code, found in CASES.items() for name in found]
 

@@ -45,7 +45,8 @@ def loss(x, w, y):
 
 def records(fn, *args, **settings) -> list[report.HeadRecord]:
     config = Config(**{"min_logits_bytes": 0, **settings})
-    return report.records_of(recognize(dynamo_graph(fn, *args).graph, config), config)
+    graph = dynamo_graph(fn, *args).graph
+    return report.records_of(graph, recognize(graph, config), config)
 
 
 def test_a_rewritten_head(lines):
@@ -119,7 +120,87 @@ def test_a_wide_linear_without_a_loss_is_news():
     x, w = torch.randn(4, 8), torch.randn(32000, 8)
     (record,) = records(lambda x, w: F.linear(x, w).sin(), x, w)
     assert record.code == "escape" and record.classes == "32000" and not record.rewritten
-    assert records(lambda x, w: F.linear(x, w).sin(), x, w, min_logits_bytes=1 << 20) == []
+    counters.clear()
+    report.publish([record], Config(min_logits_bytes=1 << 20))
+    assert not counters["lce_inductor"]
+    report.publish([record], Config(min_logits_bytes=0))
+    assert counters["lce_inductor"] == {"refused:escape": 1}
+
+
+def test_a_wide_layer_before_an_activation_is_no_news():
+    """As gated layers of the body are; returned, it could be logits."""
+    x, w = torch.randn(4, 8), torch.randn(100, 8)
+    assert records(lambda x, w: F.silu(F.linear(x, w)), x, w) == []
+    (record,) = records(lambda x, w: F.linear(x, w), x, w)
+    assert record.code == "returned-loss-free" and not record.losses
+
+
+# -- losses that stay in the graph belong to the head whose logits they read
+
+
+def refused(fn):
+    (record,) = records(fn, *head())
+    assert not record.rewritten and record.trains
+    return record
+
+
+def test_a_loss_after_what_cannot_be_read():
+    def fn(x, w, y):
+        z = F.linear(x, w).erf()
+        return F.cross_entropy(z, y)
+
+    record = refused(fn)
+    assert record.code == "escape" and ".erf()" in record.stop
+    (line,) = record.losses
+    assert line.endswith("return F.cross_entropy(z, y)")
+
+
+def test_a_change_in_place_before_the_loss():
+    """The logits are lost sight of before the loss; their head is known all the same."""
+
+    def fn(x, w, y):
+        z = F.linear(x, w)
+        z[:, 3:].clamp_(-1, 1)
+        return F.cross_entropy(z, y)
+
+    record = refused(fn)
+    assert record.code == "mutated" and "clamp_" in record.stop and len(record.losses) == 1
+
+
+def test_a_loss_in_two_steps_is_one():
+    def fn(x, w, y):
+        z = F.linear(x, w).erf()
+        return F.nll_loss(z.log_softmax(-1), y)
+
+    assert len(refused(fn).losses) == 1
+
+
+def test_a_loss_without_a_head():
+    """Logits from outside, however shaped, and logits of something that is no linear."""
+    z, y = torch.randn(4, 6, V, requires_grad=True), torch.zeros(24, dtype=torch.long)
+    (record,) = records(lambda z, y: F.cross_entropy(z.float().view(-1, V), y), z, y)
+    assert (record.kind, record.code, record.classes, record.stop) == ("loss", "no-head", str(V), "")
+    assert record.trains and record.logits_bytes == 24 * V * 4
+    x, w = torch.randn(2, 3, 4, 4), torch.randn(V, 3, 1, 1)
+    (record,) = records(
+        lambda x, w, y: F.cross_entropy(F.conv2d(x, w), y), x, w, torch.zeros(2, 4, 4, dtype=torch.long)
+    )
+    assert record.code == "no-head" and "F.conv2d(x, w)" in record.stop and not record.trains
+    counters.clear()
+    report.publish([record], Config(min_logits_bytes=0))
+    assert not counters["lce_inductor"], "only heads are counted"
+
+
+def test_every_loss_has_one_head():
+    """Two heads of different width, one of them rewritten."""
+    x, w, y = head()
+
+    def fn(x, w, u, y):
+        return F.cross_entropy(F.linear(x, w), y) + F.cross_entropy(F.linear(x, u).erf(), y.clamp(max=10))
+
+    first, second = sorted(records(fn, x, w, torch.randn(11, 8), y), key=lambda r: r.rewritten)
+    assert (first.code, first.classes, len(first.losses)) == ("escape", "11", 1)
+    assert second.rewritten and len(second.losses) == 1
 
 
 def test_bytes_and_sizes():

@@ -1,0 +1,156 @@
+"""From the begin of a compile to its end: what a cached graph does, and the one warning that nothing was found.
+
+A cache hit runs no pass (from torch 2.12 on). But each cache asks the pass for its key, which tells that a compile
+is under way, and Dynamo tells when it is over. The records of a compile that ran the pass are kept as JSON beside
+the generated code, in Inductor's cache folder, and found again there when a later process loads that code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .config import Config
+from .report import HeadRecord
+
+log = logging.getLogger("lce_inductor")
+
+_OPS = re.compile(r"torch\.ops\.lce_inductor\.(row_stats(?:_with_grad)?)\.default\(")
+
+
+@dataclasses.dataclass
+class _Compile:
+    """What is known of a compile under way: the code modules loaded before it, and what the pass saw, if it ran."""
+
+    config: Config
+    loaded: int
+    ran: bool = False
+    records: list[HeadRecord] = dataclasses.field(default_factory=list)
+
+
+class _Thread(threading.local):
+    now: _Compile | None = None
+
+
+_thread = _Thread()
+_armed = False
+
+
+def arm() -> None:
+    """Allow one warning; a rewritten head or the warning itself ends that."""
+    global _armed
+    _armed = True
+
+
+def disarm() -> None:
+    global _armed
+    _armed = False
+
+
+def begin(config: Config) -> None:
+    """A compile is under way (does nothing outside one, or if it is explain()'s)."""
+    from torch._guards import CompileContext
+
+    if CompileContext.try_get() is None or report.collecting() or _thread.now is not None:
+        return
+    from torch._dynamo.callback import callback_handler
+
+    _thread.now = _Compile(config, len(_modules()))
+    if _end not in callback_handler.end_callbacks:  # torch._dynamo.reset() forgets it
+        callback_handler.register_end_callback(_end)
+
+
+def saw(records: list[HeadRecord], config: Config) -> None:
+    """The pass ran over a graph and found these heads."""
+    begin(config)
+    if _thread.now is not None:
+        _thread.now.ran = True
+        _thread.now.records += records
+    report.publish(records, config)
+
+
+def _end(args: Any) -> None:
+    now, _thread.now = _thread.now, None
+    if now is None or args.callback_trigger.name != "DYNAMO":  # a backward compiled later has no pre-grad pass
+        return
+    try:
+        files = [Path(m.__file__) for m in _modules()[now.loaded :] if hasattr(m, "call") and m.__file__]
+        if now.ran:
+            if now.records:
+                _keep(files, now.records)
+        else:
+            now.records = _kept(files)
+            report.publish(now.records, now.config, cached=True)
+        _warn(now)
+    except Exception as error:  # a report must never stop a compile
+        log.debug("no report: %s: %s", type(error).__name__, error)
+
+
+def _modules() -> list[Any]:
+    """Generated code loaded so far, in order."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.modules
+
+
+def _beside(file: Path) -> Path:
+    return file.with_suffix(".lce_inductor.json")
+
+
+def _keep(files: list[Path], records: list[HeadRecord]) -> None:
+    text = json.dumps([dataclasses.asdict(r) for r in records])
+    for file in files:
+        unfinished = _beside(file).with_suffix(f".{os.getpid()}")
+        unfinished.write_text(text)
+        unfinished.replace(_beside(file))
+
+
+def _kept(files: list[Path]) -> list[HeadRecord]:
+    """Records beside the first of these files that has some; where there are none (a cache that came over the
+    network), what the code itself tells."""
+    for file in files:
+        if _beside(file).is_file():
+            return [HeadRecord(**_tuples(r)) for r in json.loads(_beside(file).read_text())]
+    return [_bare(name) for file in files for name in _OPS.findall(file.read_text())]
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+
+
+def _bare(op: str) -> HeadRecord:
+    return HeadRecord("head of unknown line", "?", "?", 0, None, "", "", "", (), (op,), "")
+
+
+def _warn(now: _Compile) -> None:
+    """Say once that a compile that looked like training found heads and rewrote none."""
+    if not _armed:
+        return
+    if any(r.rewritten for r in now.records):
+        disarm()
+        return
+    missed = [r for r in now.records if _missed(r, now.config)]
+    if missed:
+        disarm()
+        record = max(missed, key=lambda r: r.logits_bytes)
+        log.warning(
+            "install() has rewritten nothing so far, and %.1f MiB of logits stay in memory: %s: %s: %s. "
+            "print(lce_inductor.explain(fn)(*args)), with what you compile as fn, says more. (Said once.)",
+            record.logits_bytes / 2**20, record.source, record.code, record.explanation,
+        )  # fmt: skip
+
+
+def _missed(record: HeadRecord, config: Config) -> bool:
+    """Large logits of a training step that a loss reads, here or outside, not those of a convolution."""
+    return (
+        record.trains
+        and record.logits_bytes >= config.min_logits_bytes
+        and (record.kind == "linear" or not record.stop)
+    )
