@@ -22,6 +22,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import composite, cpu
 from .epilogue import parse
@@ -116,6 +117,8 @@ def check_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, class_weight: Tensor | None
 ) -> None:
     """Raise a RuntimeError that names the argument, what came and what is allowed."""
+    if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in (x, weight, bias)):
+        raise NotImplementedError("lce_inductor has no forward-mode derivatives; torch.compile has none either")
     if x.dim() != 2 or weight.dim() != 2:
         raise RuntimeError(f"x must be [N, H] and weight [V, H], got {list(x.shape)} and {list(weight.shape)}")
     if x.shape[1] != weight.shape[1]:
@@ -130,6 +133,13 @@ def check_inputs(
         raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise RuntimeError(f"class_weight must have shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+
+
+def _has_tangent(t: Tensor) -> bool:
+    """Does a forward-mode tangent come with t? It would silently end in an op that knows of none."""
+    include, none = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(include, none):  # below autograd, tangents are not to be seen otherwise
+        return forward_ad.unpack_dual(t).tangent is not None
 
 
 def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
