@@ -1,0 +1,62 @@
+"""Distributed training: two processes over gloo on the CPU, and over NCCL where there are two GPUs.
+
+DDP and FSDP2 heads are rewritten, DTensor heads refused; either way a step gives the loss and the gradients of one
+process. The scenarios are in distributed_worker.py and run one after another in the same two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import SCENARIOS
+
+import lce_inductor
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+GPUS = torch.cuda.device_count()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs"))]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(WORKER.parent), str(Path(lce_inductor.__file__).parent.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    processes = []
+    for rank in range(2):
+        command = [sys.executable, str(WORKER), str(rank), str(folder / "store"), request.param]
+        with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+            processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment))
+    try:
+        codes = [process.wait(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((folder / f"{rank}.err").read_text()[-3000:] for rank in range(2))
+    return [json.loads((folder / f"{rank}.out").read_text().splitlines()[-1]) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_step_is_that_of_one_process(name, ranks):
+    for found in (rank[name] for rank in ranks):
+        assert "raised" not in found, found["raised"]
+        assert found["error"] < (2e-2 if "bf16" in name else 1e-5)
+        if "head" in name:
+            assert found["counts"] == {"refused:layout": 1}
+        else:
+            where = "recompute" if "recomputed" in name else "forward"
+            assert found["counts"] == {"rewritten": 1, f"gradients:{where}": 1}
+
+
+def test_ddp_optimizer_split_the_graph(ranks):
+    """Several graphs, and head and loss were in one of them."""
+    for found in (rank["ddp split by DDPOptimizer"] for rank in ranks):
+        assert found["graphs"] > 1
