@@ -1,12 +1,14 @@
-"""Text that every machine has: the standard library's own sources, as tokens of a byte-level BPE."""
+"""Text that every machine has: the standard library's own sources, as tokens of a byte-level BPE or as names."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+import re
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,23 +76,19 @@ def stdlib_corpus(megabytes: float | None = None) -> Corpus:
 class TokenStore:
     """Where the tokens of one corpus and one vocabulary size are kept between runs.
 
-    `tokens.pt` holds {"tokens": int32 [T], "vocab_size": int, "end_of_file": int}.
+    `tokens.pt` holds {"tokens": int32 [T], "vocab_size": int, "end_of_file": int}. `kind` is what a token is.
     """
 
-    def __init__(self, corpus: Corpus, vocab_size: int, cache_dir: Path) -> None:
-        what = f"{corpus.key()}:{vocab_size}:{tokenizers.__version__}"
+    def __init__(self, corpus: Corpus, vocab_size: int, cache_dir: Path, kind: str = "") -> None:
+        what = f"{corpus.key()}:{vocab_size}:{tokenizers.__version__}{kind}"
         self.path = cache_dir / hashlib.sha256(what.encode()).hexdigest()[:16] / "tokens.pt"
 
     def exists(self) -> bool:
         return self.path.exists()
 
-    def save(self, tokens: Tensor, tokenizer: Tokenizer) -> None:
+    def save(self, tokens: Tensor, vocab_size: int, end_of_file: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "tokens": tokens,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "end_of_file": tokenizer.token_to_id(END_OF_FILE),
-        }
+        content = {"tokens": tokens, "vocab_size": vocab_size, "end_of_file": end_of_file}
         # Rename at the end: a run that is stopped half way must not leave half a file behind.
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         torch.save(content, unfinished)
@@ -120,6 +118,18 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[int, Tensor]]
         group = tokenizer.encode_batch(texts[start : start + _ENCODE_AT_ONCE])
         ids = [token for encoding in group for token in (*encoding.ids, end)]
         yield len(group), torch.tensor(ids, dtype=torch.int32)
+
+
+def name_ids(corpus: Corpus, most: int) -> tuple[Tensor, int]:
+    """The names in each file in their order, as int32 [T], and how many different ones there are.
+
+    0 stands at the end of each file; the `most` - 1 most frequent names count from 1, others are left out.
+    """
+    files = [re.findall(r"[^\W\d]\w+", text) for text in corpus.texts()]
+    counts = Counter(name for names in files for name in names)
+    number = {name: i for i, (name, _) in enumerate(counts.most_common(most - 1), start=1)}
+    ids = [i for names in files for i in (*(number[name] for name in names if name in number), 0)]
+    return torch.tensor(ids, dtype=torch.int32), len(number) + 1
 
 
 class Batches:

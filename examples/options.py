@@ -1,10 +1,11 @@
-"""The command line of train_gpt.py: sizes that fit the device, and errors that say what is allowed."""
+"""The command line of the examples: sizes that fit the device, and errors that say what is allowed."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,16 +53,28 @@ class Options:
     json: Path | None
 
 
-def parse(argv: list[str]) -> Options:
-    """Read the command line; a wrong value ends the program with code 2 and says what is allowed."""
-    parser = _parser()
+def parse(
+    argv: list[str],
+    name: str = "train_gpt",
+    description: str = "Train a small GPT twice under torch.compile, without and with lce_inductor, and compare.",
+    defaults: Mapping[str, Sizes] = DEFAULTS,
+) -> Options:
+    """Read the command line; a wrong value ends the program with code 2 and says what is allowed.
+
+    Args:
+        name, description: of the example.
+        defaults: its sizes, for "cpu" and "cuda".
+    """
+    parser = _parser(name, description, defaults)
     args = parser.parse_args(argv)
     kind = args.device.split(":")[0]
     if kind == "auto":
-        args.device = kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        # Of the processes that torchrun starts, each takes a device of its own.
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else "cpu"
     if kind == "cuda":
         args.device = _cuda_device(parser, args.device)
-    default = DEFAULTS[kind]
+    default = defaults[kind]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sizes)}
     sizes = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
     if sizes.embd % sizes.heads:
@@ -78,21 +91,20 @@ def parse(argv: list[str]) -> Options:
         min_logits_bytes=args.min_logits_bytes,
         corpus_mb=args.corpus_mb,
         cache_dir=args.cache_dir,
-        control=args.control,
+        control=getattr(args, "control", False),
         out=args.out,
         json=args.json,
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str, description: str, defaults: Mapping[str, Sizes]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train_gpt.py",
-        description="Train a small GPT twice under torch.compile, without and with lce_inductor, and compare.",
+        prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
     def size(flag: str, low: int, what: str) -> None:
         name = flag.removeprefix("--").replace("-", "_")
-        by_device = ", ".join(f"{device} {getattr(sizes, name)}" for device, sizes in DEFAULTS.items())
+        by_device = ", ".join(f"{device} {getattr(sizes, name)}" for device, sizes in defaults.items())
         parser.add_argument(flag, type=_integer(low), metavar="INT", help=f"{what} (default: {by_device})")
 
     parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -107,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--learning-rate",
         type=_positive,
         metavar="X",
-        help=f"AdamW (default: cpu {DEFAULTS['cpu'].learning_rate}, cuda {DEFAULTS['cuda'].learning_rate})",
+        help=f"AdamW (default: cpu {defaults['cpu'].learning_rate}, cuda {defaults['cuda'].learning_rate})",
     )
     parser.add_argument("--seed", type=_integer(0), default=0, metavar="INT", help="weights and batches (default: 0)")
     parser.add_argument(
@@ -120,12 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-dir", type=Path, default=default_cache_dir(), help="where the tokens are kept (default: %(default)s)"
     )
-    parser.add_argument(
-        "--control",
-        action="store_true",
-        help="a third run, without lce_inductor from weights a millionth larger: how far that parts the losses",
-    )
-    parser.add_argument("--out", type=Path, default=Path("train_gpt.png"), help="picture (default: %(default)s)")
+    if defaults is DEFAULTS:
+        parser.add_argument(
+            "--control",
+            action="store_true",
+            help="a third run, without lce_inductor from weights a millionth larger: how far that parts the losses",
+        )
+    parser.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="picture (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     return parser
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 _DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType, as the trace writes it
@@ -61,6 +62,7 @@ def record_step(step: Callable[[], object], device: torch.device) -> Timeline:
 
 
 def resident_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of the storages behind the tensors that lie on `device`, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == device}
+    """Bytes of the storages behind the tensors that lie on `device`, each storage once; a DTensor's local part."""
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.device == device}
     return sum(storages.values())

@@ -13,23 +13,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 try:
     import summary
     import torch
-    from data import Batches, TokenStore, encode, stdlib_corpus, train_tokenizer
+    from compare import StepClock, prepare_tokens
+    from data import Batches
     from gpt import GPT, GPTConfig
-    from options import Options, Sizes, parse
+    from options import Sizes, parse
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from step_memory import record_step, resident_bytes
@@ -61,28 +59,6 @@ class Job:
     def from_json(cls, text: str) -> Job:
         fields = json.loads(text)
         return cls(**{**fields, "sizes": Sizes(**fields["sizes"])})
-
-
-class StepClock:
-    """Seconds between marks. On a GPU the marks lie in its own queue, so that nothing waits for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
-        self.mark()
-
-    def mark(self) -> None:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def median_s(self) -> float:
-        """The median, because on a shared machine single steps can take many times as long as the others."""
-        pairs = itertools.pairwise(self.marks)
-        return statistics.median(a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in pairs)
 
 
 def train(job: Job, console: Console) -> summary.Run:
@@ -200,31 +176,6 @@ def run_in_fresh_process(job: Job) -> summary.Run:
         if code != 0:
             sys.exit(f"The run {job.name!r} ended with code {code}. Out of memory? Then try a smaller --batch.")
         return summary.Run(**json.loads(result.read_text()))
-
-
-def prepare_tokens(options: Options, console: Console) -> Path:
-    """Tokenise the standard library, once per corpus and vocabulary size."""
-    corpus = stdlib_corpus(options.corpus_mb)
-    size = f"{len(corpus.files):,} files, {corpus.bytes / 1e6:.1f} MB"
-    store = TokenStore(corpus, options.sizes.vocab_size, options.cache_dir)
-    if store.exists():
-        console.print(f"text: {corpus.root} ({size}), tokens from {store.path}", soft_wrap=True)
-        return store.path
-    console.print(f"text: {corpus.root} ({size})")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tokenizer training", total=None)
-        tokenizer = train_tokenizer(corpus, options.sizes.vocab_size)
-        progress.update(task, description="tokenising files ", total=len(corpus.files))
-        parts = []
-        for count, tokens in encode(corpus, tokenizer):
-            parts.append(tokens)
-            progress.update(task, advance=count)
-    tokens = torch.cat(parts)
-    store.save(tokens, tokenizer)
-    vocabulary = tokenizer.get_vocab_size()
-    console.print(f"{tokens.numel():,} tokens, vocabulary {vocabulary:,}, kept in {store.path}", soft_wrap=True)
-    return store.path
 
 
 def main(argv: list[str]) -> int:

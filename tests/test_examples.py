@@ -1,4 +1,4 @@
-"""The main example: a very small run from start to end, and its parts."""
+"""The examples: a very small run of each from start to end, and their parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from corpus.harness import no_codegen_backend
 
 for package in ("tokenizers", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -35,19 +37,23 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
             sys.modules.pop(path.stem, None)
 
 
-def test_tiny_run(tmp_path: Path) -> None:
-    picture, numbers = tmp_path / "curves.png", tmp_path / "numbers.json"
-    sizes = "--batch 4 --block 32 --layers 1 --heads 2 --embd 16 --vocab-size 600 --corpus-mb 0.3"
-    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), "--device", "cpu", *sizes.split()]
-    command += ["--steps", "20", "--learning-rate", "0.01"]
-    command += ["--min-logits-bytes", "0", "--cache-dir", str(tmp_path), "--out", str(picture), "--json", str(numbers)]
+def _subprocess(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # starting a pool takes longer than these few kernels
         "OMP_NUM_THREADS": "1",  # on a busy machine threads wait for each other far longer than these kernels take
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_tiny_run(tmp_path: Path) -> None:
+    picture, numbers = tmp_path / "curves.png", tmp_path / "numbers.json"
+    sizes = "--batch 4 --block 32 --layers 1 --heads 2 --embd 16 --vocab-size 600 --corpus-mb 0.3"
+    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), "--device", "cpu", *sizes.split()]
+    command += ["--steps", "20", "--learning-rate", "0.01"]
+    command += ["--min-logits-bytes", "0", "--cache-dir", str(tmp_path), "--out", str(picture), "--json", str(numbers)]
+    done = _subprocess(command)
     assert done.returncode == 0, done.stdout + done.stderr
 
     for row in ("peak memory", "tokens/s", "compile time", "first loss", "last loss", "heads rewritten"):
@@ -66,6 +72,103 @@ def test_tiny_run(tmp_path: Path) -> None:
         assert run["peak"] == run["resident"] + max(run["step_bytes"])
         # All that the step allocates it also releases.
         assert run["step_bytes"][-1] == pytest.approx(0, abs=1024)
+
+
+# Heads rewritten, and the package that each needs beyond those of train_gpt.py.
+SHORT_EXAMPLES = {
+    "accelerate_loop": (1, "accelerate"),
+    "ddp": (1, None),
+    "extreme_classification": (1, None),
+    "fsdp2": (1, "transformers"),
+    "grpo_logprobs": (2, "transformers"),  # the policy and the reference model
+    "hf_trainer": (1, "accelerate"),
+    "masked_lm": (1, "transformers"),
+    "perplexity": (1, None),
+    "seq2seq": (1, "transformers"),
+    "sequential_recommender": (1, None),
+}
+SMALL = "--device cpu --min-logits-bytes 0 --layers 1 --heads 2 --embd 16 --batch 8 --block 32 --steps 8"
+SMALL += " --vocab-size 600 --corpus-mb 0.3 --learning-rate 0.01"
+
+
+@pytest.fixture
+def without_codegen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile with all of Inductor's passes, and its graphs interpreted: C++ would take a minute an example."""
+    compile = torch.compile
+
+    def interpreted(model: Any = None, **options: Any) -> Any:
+        return compile(model, backend=no_codegen_backend([]))
+
+    monkeypatch.setattr(torch, "compile", interpreted)
+    yield
+    # What Trainer's torch_compile=True leaves behind would compile for the examples after it as well.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.mark.parametrize("name", SHORT_EXAMPLES)
+def test_short_example(
+    load: Callable[[str], ModuleType],  # the examples' folder on the path
+    without_codegen: None,
+    token_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    rewritten, package = SHORT_EXAMPLES[name]
+    if package is not None:
+        pytest.importorskip(package)
+    picture, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
+    paths = ["--cache-dir", str(token_cache), "--out", str(picture), "--json", str(numbers)]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *SMALL.split(), *paths])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    shown = capfd.readouterr()
+    assert stop.value.code == 0, shown.out + shown.err
+
+    for row in ("peak memory", "added by a step", "/s", "max loss difference", "heads rewritten"):
+        assert row in shown.out
+    assert picture.read_bytes().startswith(PNG_SIGNATURE) and picture.stat().st_size > 10_000
+    runs = json.loads(numbers.read_text())
+    without, with_pass = runs["without"], runs["with"]
+    assert without["counters"].get("rewritten", 0) == 0
+    assert with_pass["counters"]["rewritten"] == rewritten
+    tolerance = with_pass["tolerance"]
+    torch.testing.assert_close(
+        torch.tensor(with_pass["losses"]), torch.tensor(without["losses"]), rtol=0, atol=tolerance
+    )
+    assert len(with_pass["losses"]) == 8
+    assert with_pass["resident"] == without["resident"]
+    assert max(with_pass["step_bytes"]) <= 1.05 * max(without["step_bytes"])
+    # Single bytes: what the step allocates it also releases, but for scalars that an optimizer keeps.
+    assert with_pass["step_bytes"][-1] == pytest.approx(0, abs=4096)
+
+
+def test_ddp_on_two_processes(token_cache: Path, tmp_path: Path) -> None:
+    """As its docstring starts it, with code generation: one table, and one picture."""
+    picture = tmp_path / "ddp.png"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLES / "ddp.py")]
+    command += [*SMALL.split(), "--cache-dir", str(token_cache), "--out", str(picture)]
+    done = _subprocess(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("heads rewritten") == 1
+    assert picture.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_every_example_is_run() -> None:
+    """A file that can be started is in the table above, or is train_gpt.py."""
+    started = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert started == {*SHORT_EXAMPLES, "train_gpt"}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +294,18 @@ def test_tokens_spell_the_text(load: Callable[[str], ModuleType], tmp_path: Path
     assert tokenizer.decode(tokens[:-1].tolist()) == source
     with pytest.raises(FileNotFoundError, match="no Python sources"):
         data.Corpus(tmp_path / "nothing", None)
+
+
+def test_names_are_numbered_by_frequency(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    data = load("data")
+    (tmp_path / "a.py").write_text("left = right + right  # 2 rare", "utf-8")
+    (tmp_path / "b.py").write_text("right = left", "utf-8")
+    corpus = data.Corpus(tmp_path, None)
+    items, count = data.name_ids(corpus, 3)
+    files = {"a.py": [2, 1, 1, 0], "b.py": [1, 2, 0]}
+    assert items.tolist() == [i for path in corpus.files for i in files[path.name]]
+    assert count == 3
+    assert data.name_ids(corpus, 100)[1] == 4
 
 
 def test_model_file_is_plain_torch() -> None:
