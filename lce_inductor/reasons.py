@@ -114,6 +114,11 @@ _ROWS = (
         "leave backend= at its default, 'inductor'",
     ),
     Reason(
+        "ahead-of-time",
+        "the graph is compiled ahead of time, for a process that need not have lce_inductor's ops",
+        "none: use torch.compile where the logits should not exist",
+    ),
+    Reason(
         "class-weight-grad",
         "the class weights of the loss require a gradient",
         "detach the class weights; torch's cross_entropy gives them no gradient either",

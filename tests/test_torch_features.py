@@ -410,7 +410,6 @@ def test_functorch_falls_back(name, installed):
     assert not compiled.counts["rewritten"]
 
 
-@pytest.mark.xfail(strict=True, reason="reading the storage of a functorch wrapper raises: internal-error, not layout")
 @pytest.mark.parametrize("name", FUNCTORCH)
 def test_functorch_is_refused_with_a_code(name, installed):
     compiled = Compiled(FUNCTORCH[name])
@@ -476,7 +475,6 @@ def test_aot_inductor_here(package):
     torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(*args), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="AOTInductor's package calls row_stats, which only this Python package has")
 def test_aot_inductor_elsewhere(package):
     """In a process that knows nothing of this package, as a C++ runtime does not."""
     script = """
@@ -552,7 +550,6 @@ def test_nested_hidden_states(nested):
     assert not nested.counts["rewritten"]
 
 
-@pytest.mark.xfail(strict=True, reason="a jagged size is a NestedIntNode without a number: internal-error, not layout")
 def test_nested_hidden_states_are_refused_with_a_code(nested):
     assert nested.refusals == {"layout": 1}
 

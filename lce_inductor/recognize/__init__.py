@@ -6,12 +6,13 @@ interpretation) -> walk (graph -> plan) -> place (where may the plan's nodes sta
 
 from __future__ import annotations
 
+from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..backup import Backup
 from ..config import Config
 from ..ops import schema  # noqa: F401  (registers the ops)
-from ..reasons import Refusal
+from ..reasons import Refusal, refuse
 from . import rewrite
 from .effects import Effects
 from .place import place
@@ -24,6 +25,9 @@ def recognize(graph: Graph, config: Config) -> list[HeadPlan]:
     Either the whole graph is rewritten as planned, or an exception leaves it exactly as it was.
     """
     walk, plans = decide(graph, config)
+    if V.aot_compilation:
+        for plan in plans:
+            plan.refusal = plan.refusal or refuse("ahead-of-time", plan.head.node)
     if all(plan.refusal is not None for plan in plans):
         return plans
     backup = Backup(graph)

@@ -7,29 +7,27 @@ from typing import Any, NamedTuple
 from .forms import Edit
 
 _NUMBER = ("mul", "div", "add", "tanh", "sigmoid", "rsqrt_cap")
-_TENSOR = ("bias", "class_scale", "fill", "mask")
-
-
 _AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap")
 
 
 class Folded(NamedTuple):
-    """tensor: edits with tensors, in order, each with the factor that number steps before it make; steps: the
-    epilogue's text; classes: the slice of classes that is kept."""
+    """inputs: edits of x, weight and bias, in order, each with the factor that number steps before it make; steps:
+    the epilogue's text; classes: how many a slice leaves, None for all."""
 
-    tensor: tuple[tuple[Edit, float], ...]
+    inputs: tuple[tuple[Edit, float], ...]
     steps: str
-    classes: tuple[int, int] | None
+    classes: int | None
 
 
 def fold(edits: tuple[Edit, ...]) -> Folded | None:
     """Split edits, or None where a tensor comes after a step that it cannot be pulled through.
 
-    A factor commutes with scales and shrinks a bias; nothing passes a shift or a nonlinear step.
+    A factor commutes with scales and shrinks a bias; nothing passes a shift or a nonlinear step. A slice of classes
+    passes everything.
     """
-    tensor: list[tuple[Edit, float]] = []
+    inputs: list[tuple[Edit, float]] = []
     steps: list[str] = []
-    classes: tuple[int, int] | None = None
+    classes: int | None = None
     factor, linear = 1.0, True
     masked = False
     for edit in edits:
@@ -38,11 +36,9 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
             return None
         masked = masked or edit.name in ("mask", "fill")
         if edit.name == "classes":
-            if any(e.name in _TENSOR for e, _ in tensor):
-                return None
             start, stop = edit.args
-            base = classes[0] if classes else 0
-            classes = (base + start, base + stop)
+            classes = stop - start
+            inputs.append((edit, 1.0))
         elif edit.name in _NUMBER:
             steps.append(" ".join([edit.name, *(repr(float(a)) for a in edit.args)]))
             if edit.name == "mul":
@@ -55,12 +51,12 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
             # -inf stays -inf under a positive factor and no other step.
             if not linear or factor <= 0:
                 return None
-            tensor.append((edit, 1.0))
+            inputs.append((edit, 1.0))
         elif not linear or factor == 0.0:
             return None
         else:
-            tensor.append((edit, factor))
-    return Folded(tuple(tensor), ";".join(steps), classes)
+            inputs.append((edit, factor))
+    return Folded(tuple(inputs), ";".join(steps), classes)
 
 
 def number(value: Any) -> float | None:

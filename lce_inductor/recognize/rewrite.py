@@ -12,7 +12,6 @@ import operator
 from typing import Any
 
 import torch
-from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from .. import deferred  # noqa: F401  (registers defer_logits)
@@ -103,13 +102,9 @@ class _Head:
         self.x, self.weight, self.bias = self._own(head.x), self._own(head.weight, head.transposed), None
         if head.bias is not None:
             self.bias = self._own(head.bias)
-        for edit, factor in folded.tensor:
+        self.classes = head.num_classes
+        for edit, factor in folded.inputs:
             self._edit(edit, factor)
-        if folded.classes is not None:
-            start, stop = folded.classes
-            self.weight = self.call(aten.slice.Tensor, self.weight, 0, start, stop)
-            if self.bias is not None:
-                self.bias = self.call(aten.slice.Tensor, self.bias, 0, start, stop)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -144,6 +139,12 @@ class _Head:
             classes = self.call(aten.arange.default, self.num_classes(), device=self._device())
             low, high = self.call(aten.ge.Scalar, classes, start), self.call(aten.lt.Scalar, classes, stop)
             self._add_bias(self._where(self.call(aten.logical_and.default, low, high), number))
+        elif edit.name == "classes":
+            start, stop = edit.args
+            self.classes = stop - start
+            self.weight = self.call(aten.slice.Tensor, self.weight, 0, start, stop)
+            if self.bias is not None:
+                self.bias = self.call(aten.slice.Tensor, self.bias, 0, start, stop)
         elif edit.name == "class_scale":
             scale = self.call(aten.reshape.default, value, [-1])
             self.weight = self._times(self.weight, self.call(aten.unsqueeze.default, scale, 1))
@@ -180,8 +181,7 @@ class _Head:
         return size if isinstance(size, int) else self.call(aten.sym_size.int, self.x, -1)
 
     def num_classes(self) -> Any:
-        size = self.plan.head.num_classes
-        return size if isinstance(size, int) else self.call(aten.sym_size.int, self.weight, 0)
+        return self.classes if isinstance(self.classes, int) else self.call(aten.sym_size.int, self.weight, 0)
 
 
 def _num_classes(writer: _Head, form: ClassMap) -> Any:
@@ -275,7 +275,7 @@ def _defer(walk: Walk, plan: HeadPlan, replaced: dict[Node, Node]) -> None:
     output reads them.
     """
     owner = walk.graph.owning_module
-    if owner is None or "dynamo_compile_id" not in owner.meta or V.aot_compilation:
+    if owner is None or "dynamo_compile_id" not in owner.meta:
         return
     output = next(n for n in reversed(walk.graph.nodes) if n.op == "output")
     for node in dict.fromkeys(plan.returned):

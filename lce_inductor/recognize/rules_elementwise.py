@@ -218,9 +218,7 @@ def _full_addend(node: Any) -> str:
 def num_classes(form: ClassMap) -> Any:
     """Number of classes that a form still has."""
     folded = fold(form.edits)
-    if folded is not None and folded.classes is not None:
-        return folded.classes[1] - folded.classes[0]
-    return form.head.num_classes
+    return form.head.num_classes if folded is None or folded.classes is None else folded.classes
 
 
 @rule("neg")

@@ -28,8 +28,9 @@ def info(node: Any) -> Info | None:
         return None
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, torch.Tensor):
-        strided = value.layout is torch.strided and not value.is_quantized
-        plain = strided and not torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+        strided = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)  # under vmap, grad, ...
+        plain = strided and not wrapped and not torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
         storage = value.untyped_storage()._cdata if plain else None
         return Info(tuple(value.shape), value.dtype, storage, value.requires_grad, plain)
     meta = node.meta.get("tensor_meta")
@@ -55,11 +56,10 @@ def size_hint(size: Any) -> int:
     """A size for policy only (is the rewrite worth it?), never for legality."""
     if isinstance(size, int):
         return size
-    try:
-        hint = size.node.hint
-    except Exception:  # a data-dependent size has no hint, and asking may raise
-        hint = None
-    return int(hint) if hint is not None else _UNKNOWN_SIZE
+    try:  # data-dependent and ragged sizes have no hint, and asking may raise
+        return int(size.node.hint)
+    except Exception:
+        return _UNKNOWN_SIZE
 
 
 def numel_hint(shape: tuple[Any, ...]) -> int:
