@@ -88,13 +88,21 @@ def test_missing_or_nan_gradient_is_wrong(register):
     assert (row.status, row.ms) == (WRONG, None)
 
 
-def test_what_goes_wrong_is_a_row(register):
+def test_what_goes_wrong_is_a_row(register, monkeypatch):
     # 64 TiB of logits: no machine's allocator grants them.
     huge = measure.measure(Job("eager", Shape(1 << 22, 1, 1 << 22), "float32", "cpu", with_floor=False))
     assert (huge.status, huge.ms) == (OUT_OF_MEMORY, None)
     assert table.cells(huge)[-1] == OUT_OF_MEMORY
     failed = measure.measure(register(lambda x, weight, target: x @ weight))
     assert failed.status == FAILED and failed.detail.startswith("RuntimeError: ")
+
+    def no_memory(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "reference", no_memory)
+        unchecked = measure.measure(JOB)
+    assert unchecked.status == FAILED and "reference" in unchecked.detail and unchecked.ms is None
     idle = measure.measure(register(IMPLEMENTATIONS["eager"].make("mean"), idle=lambda: "saw nothing"))
     assert (idle.status, idle.detail, idle.ms) == (FAILED, "saw nothing", None)
     no_sum = measure.measure(register(IMPLEMENTATIONS["eager"].make("mean"), reductions=("sum",)))
@@ -176,6 +184,7 @@ def test_losing_rows_stay_in_table_and_picture(tmp_path, capsys):
         ("--impl eager,fast", "--impl fast: must be of floor, eager, torch.compile, lce_inductor"),
         ("--impl liger", "--impl liger: "),
         ("--device tpu", "'tpu': must be auto, cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device cuda:99: this PyTorch"),
         ("--reps 0", "'0': must be an integer >= 1"),
         ("--plot x", "--plot draws a sweep: add --sweep"),
         ("--shape 1x1x1 --shape 2x2x2 --sweep N=1", "--sweep varies one shape, and there are 2"),
@@ -184,7 +193,7 @@ def test_losing_rows_stay_in_table_and_picture(tmp_path, capsys):
 )
 def test_bad_argument_is_named(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--device", "cpu", *flags.split()])
+        cli.main(flags.split() if "--device" in flags else ["--device", "cpu", *flags.split()])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

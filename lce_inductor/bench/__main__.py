@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure what the arguments ask for; 1 if a row was wrong or failed, 2 for bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA device")
+    device = _present(parser, args.device)
     if args.list:
         print("\n".join(_listing(device)))
         return 0
@@ -121,6 +119,16 @@ def _listing(device: str) -> Iterator[str]:
     yield "heads                     H       V"
     for name, (hidden, vocabulary) in HEADS.items():
         yield f"  {name:<20}{hidden:>8}{vocabulary:>8}"
+
+
+def _present(parser: argparse.ArgumentParser, text: str) -> str:
+    """The device by its full name, with an index if it is one of several."""
+    if text == "cpu" or (text == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    index = int(text.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        parser.error(f"--device {text}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} of them")
+    return f"cuda:{index}"
 
 
 def _kind(device: str) -> str:

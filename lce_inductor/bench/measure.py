@@ -87,8 +87,9 @@ def measure(job: Job) -> Row:
     except Exception as error:
         if _is_out_of_memory(error):
             return Row(job, OUT_OF_MEMORY)
-        text = str(error).strip().splitlines()
-        return Row(job, FAILED, f"{type(error).__name__}: {text[0] if text else ''}")
+        # The first line of a compiler's error only says whose error follows.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return Row(job, FAILED, f"{type(error).__name__}: {' '.join(lines[:2])}")
 
 
 def measure_isolated(job: Job, cache_dir: Path, timeout_s: float | None = None) -> Row:
@@ -113,7 +114,7 @@ def measure_isolated(job: Job, cache_dir: Path, timeout_s: float | None = None) 
 
 
 def _row(job: Job) -> Row:
-    dtype, device = DTYPES[job.dtype], torch.device(job.device)
+    dtype, device = DTYPES[job.dtype], _device(job)
     entry = IMPLEMENTATIONS[job.impl]
     if job.reduction not in entry.reductions:
         raise NotApplied(f"has no reduction {job.reduction!r}")
@@ -136,7 +137,10 @@ def _row(job: Job) -> Row:
         raise NotApplied(entry.idle())
 
     found = [value] if job.forward_only else [value, inputs.x.grad, inputs.weight.grad]
-    exact = reference(inputs, job.reduction, not job.forward_only)
+    try:
+        exact = reference(inputs, job.reduction, not job.forward_only)
+    except torch.OutOfMemoryError:
+        return Row(job, FAILED, "ran, but there is no memory for the reference to check it with", **known)
     if any(t is None for t in found):
         return Row(job, WRONG, "an input got no gradient", **known)
     errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True) if a is not None]
@@ -159,7 +163,7 @@ def _row(job: Job) -> Row:
 
 
 def _floor_row(job: Job) -> Row:
-    device = torch.device(job.device)
+    device = _device(job)
     step = bare_products(job.shape, DTYPES[job.dtype], device, job.forward_only)
     step()
     ms = statistics.median(timed_ms(step, device) for _ in range(job.reps))
@@ -200,6 +204,14 @@ def timed_ms(step: Callable[[], object], device: torch.device) -> float:
     last.record()
     last.synchronize()
     return first.elapsed_time(last)
+
+
+def _device(job: Job) -> torch.device:
+    """The job's device, made the current one: events and Triton's kernels go there."""
+    device = torch.device(job.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _finish(device: torch.device) -> None:
