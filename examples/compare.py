@@ -170,9 +170,12 @@ def main(file: str, documentation: str, build: Build, defaults: dict[str, Sizes]
     if not first:
         return 0
     on_gpu = options.device.startswith("cuda")
-    machine = torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    machine = torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {threads} thread{'s'[: threads > 1]}"
+    sizes = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(options.sizes).items())
+    caption = f"{title}\n{sizes}; {machine}; torch {torch.__version__}"
+    console.print(caption, soft_wrap=True)
     summary.print_table(console, without, with_pass)
-    caption = f"{title}\n{options.sizes}; {machine}; torch {torch.__version__}"
     summary.draw(options.out, without, with_pass, caption)
     console.print(f"picture: {options.out}", soft_wrap=True)
     if options.json is not None:
