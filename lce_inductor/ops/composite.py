@@ -69,7 +69,8 @@ def cross_entropy(
     loss = lse - target_logit.reshape(target.shape)
     row_weight = None
     if weight is not None:
-        row_weight = weight.to(loss.dtype)[torch.where(valid, target, 0)]
+        index = torch.where(valid, target, 0)  # indexing by a target of no dimensions would read its value
+        row_weight = weight.to(loss.dtype).index_select(0, index.reshape(-1)).reshape(target.shape)
         loss = loss * row_weight
     if label_smoothing > 0.0:
         assert sum_logits is not None

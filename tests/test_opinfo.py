@@ -1,0 +1,133 @@
+"""torch's own samples of its losses (OpInfo of the installed torch), run through the rewrite.
+
+Logits are made by a linear layer with the identity as weight, so that a sample of F.cross_entropy or F.nll_loss becomes
+one of a head; F.linear_cross_entropy, where torch has it, is called as it is. A sample is rewritten unless its targets
+are probabilities or its classes are not the rows' last dimension; either way it gives eager's numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Compiled, InDouble, assert_as_accurate, fresh, results
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo, SampleInput
+from torch.utils._pytree import tree_map_only
+
+from lce_inductor import Config
+from lce_inductor.recognize import recognize
+
+Fn = Callable[..., Tensor]
+
+
+def on_identity(loss: Fn) -> Fn:
+    """A loss of logits [N, C, ...] or [C], as one of hidden states [..., H = C] and the weight [C, C]."""
+
+    def fn(logits: Tensor, head: Tensor, target: Tensor, **options: Any) -> Tensor:
+        dim = min(1, logits.dim() - 1)
+        z = F.linear(logits.movedim(dim, -1), head).movedim(-1, dim)
+        return loss(z, target, **options)
+
+    return fn
+
+
+def log_softmax_nll(z: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return F.nll_loss(F.log_softmax(z, min(1, z.dim() - 1)), target, **options)
+
+
+ADAPTERS: dict[str, Fn] = {
+    "nn.functional.cross_entropy": on_identity(F.cross_entropy),
+    "nn.functional.nll_loss": on_identity(log_softmax_nll),
+}
+if hasattr(F, "linear_cross_entropy"):
+    ADAPTERS["nn.functional.linear_cross_entropy"] = F.linear_cross_entropy
+INFOS = {o.name: o for o in op_db if o.name in ADAPTERS and not o.variant_test_name}
+
+
+def arguments(info: OpInfo, sample: SampleInput) -> tuple[list[Any], dict[str, Any]]:
+    """What the adapter of a sample gets."""
+    args = [sample.input, *sample.args]
+    if "linear" not in info.name:
+        x = sample.input
+        classes = x.shape[min(1, x.dim() - 1)]
+        args.insert(1, torch.eye(classes, dtype=x.dtype, requires_grad=True))
+    return args, sample.kwargs
+
+
+def check(info: OpInfo, sample: SampleInput, compile: Callable[[Fn], Fn]) -> None:
+    args, options = arguments(info, sample)
+    fn = lambda *args: ADAPTERS[info.name](*args, **options)
+    torch._dynamo.reset()
+    found = results(compile(fn), fresh(args))
+    with InDouble() as mode:
+        wide = tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t, options)
+        exact_args = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in args]
+        exact = results(lambda *args: ADAPTERS[info.name](*args, **wide), exact_args)
+    assert_as_accurate(found, results(fn, fresh(args)), exact, mode.narrowed)
+
+
+def interpreted(outcomes: list[str]) -> Callable[[Fn], Fn]:
+    """Compile to Dynamo's graph after the rewrite, run as it stands."""
+
+    def backend(gm: GraphModule, inputs: Any) -> Fn:
+        plans = recognize(gm.graph, Config(min_logits_bytes=0))
+        gm.recompile()
+        outcomes.extend("rewritten" if p.refusal is None else p.refusal.reason.code for p in plans)
+        return gm.forward
+
+    return lambda fn: torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)
+
+
+def expected(args: list[Any]) -> str:
+    """What becomes of a sample, seen at its weight and target."""
+    if args[1].dim() > 2:  # several dimensions of outputs, of which the classes are the first
+        return "class-dim"
+    return "soft-targets" if args[2].is_floating_point() else "rewritten"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", INFOS)
+def test_samples(name, dtype):
+    seen: Counter[str] = Counter()
+    for sample in INFOS[name].sample_inputs("cpu", dtype, requires_grad=True):
+        outcomes: list[str] = []
+        check(INFOS[name], sample, interpreted(outcomes))
+        assert outcomes == [expected(arguments(INFOS[name], sample)[0])], sample.summary()
+        seen.update(outcomes)
+    assert seen["rewritten"] > 10
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_some_samples_through_inductors_passes(name, installed):
+    """Every eighth sample that is rewritten."""
+    info = INFOS[name]
+    samples = info.sample_inputs("cpu", torch.float32, requires_grad=True)
+    taken = [s for s in samples if expected(arguments(info, s)[0]) == "rewritten"][::8]
+    assert taken
+    for sample in taken:
+        compiled: list[Compiled] = []
+        check(info, sample, lambda fn: compiled.append(Compiled(fn)) or compiled[0])
+        assert compiled[0].counts["rewritten"] == 1, sample.summary()
+
+
+@pytest.mark.parametrize("name", [n for n, o in INFOS.items() if o.error_inputs_func is not None])
+def test_wrong_inputs(name):
+    """What eager refuses is refused, with the same exception inside Dynamo's."""
+    found = 0
+    for wrong in INFOS[name].error_inputs("cpu"):
+        args, options = arguments(INFOS[name], wrong.sample_input)
+        run = interpreted([])(lambda *args: ADAPTERS[name](*args, **options))
+        with pytest.raises(wrong.error_type):
+            ADAPTERS[name](*args, **options)
+        torch._dynamo.reset()
+        with pytest.raises((wrong.error_type, torch._dynamo.exc.TorchDynamoException)):
+            run(*args)
+        found += 1
+    assert found
