@@ -19,6 +19,7 @@ import lce_inductor
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-inductor", action="store_true", help="run every spelling with code generation")
+    parser.addoption("--programs", type=int, default=0, help="how many random programs to run; 0: the quick profile")
 
 
 @pytest.fixture(autouse=True)

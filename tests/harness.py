@@ -210,6 +210,11 @@ class Compiled:
         return {k.removeprefix("refused:"): n for k, n in self.counts.items() if k.startswith("refused:")}
 
     @property
+    def forwards(self) -> int:
+        """How many graphs were compiled, not counting those of a backward."""
+        return sum(g.kind != "backward" for g in self.graphs)
+
+    @property
     def largest(self) -> int:
         """Elements of the largest storage that the graphs made, fused ops inside not counted."""
         return max(g.largest for g in self.graphs)
