@@ -45,7 +45,7 @@ def install(**settings: Any) -> None:
             uninstall()
         from torch._inductor import config as inductor
 
-        before = hooks()
+        before = {hook: _without(value) for hook, value in hooks().items()}
         after = with_passes(before, config)
         for hook, value in after.items():
             setattr(inductor, hook, value)
@@ -55,17 +55,18 @@ def install(**settings: Any) -> None:
 
 def uninstall() -> None:
     """Take the passes out again. Hooks that nobody touched since install() get back the very object they held;
-    from others only our passes are removed. Does nothing if not installed."""
+    from others only our passes are removed."""
     global _installed
     with _lock:
-        if _installed is None:
-            return
         from torch._inductor import config as inductor
 
+        # Also if not installed: another package may have put back hooks of a time when we were, or another
+        # thread, with hooks of its own, may have uninstalled last.
+        state = _installed
         for hook in _HOOKS:
             now = getattr(inductor, hook)
-            untouched = now is _installed.after[hook] and _unchanged(now, _installed.before[hook])
-            setattr(inductor, hook, _installed.before[hook] if untouched else _without(now))
+            untouched = state is not None and now is state.after[hook] and _unchanged(now, state.before[hook])
+            setattr(inductor, hook, state.before[hook] if state is not None and untouched else _without(now))
         _installed = None
         watch.disarm()
 

@@ -384,7 +384,6 @@ def test_another_package_leaves_first(hook):
     assert getattr(inductor, hook) is None
 
 
-@pytest.mark.xfail(strict=True, reason="uninstall() does nothing once it has run, though our pass is in the hook again")
 @pytest.mark.parametrize("hook", ["pre_grad_custom_pass", "joint_custom_pre_pass"])
 def test_another_package_leaves_last(hook):
     """It came after us and puts our pass back after uninstall(): one more uninstall() removes it for good."""
