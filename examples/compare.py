@@ -233,7 +233,7 @@ def _run(options: Options, build: Build, tokens: Path, console: Console, install
         tokens_per_s=rows / usual_s,
         compile_s=max(0.0, first_s - usual_s),
         logits_bytes=rows * classes * (2 if program.bf16 else 4),
-        tolerance=2e-2 if program.bf16 else 1e-3,
+        tolerance=2e-2 if program.bf16 or on_gpu else 1e-3,  # on a GPU products are in TF32
         counters={key: int(value) for key, value in counters.items()},
         unit=program.unit,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 SIZES = {
-    "cpu": Sizes(steps=12, batch=8, block=128, layers=2, heads=4, embd=128, vocab_size=32_768, learning_rate=1e-3),
+    "cpu": Sizes(steps=12, batch=16, block=128, layers=2, heads=4, embd=128, vocab_size=32_768, learning_rate=1e-3),
     "cuda": Sizes(
         steps=100, batch=16, block=1024, layers=12, heads=12, embd=768, vocab_size=50_257, learning_rate=3e-4
     ),

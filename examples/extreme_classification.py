@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 CLASSES_PER_TOKEN = 25
 SIZES = {
-    "cpu": Sizes(steps=16, batch=1024, block=16, layers=1, heads=1, embd=64, vocab_size=4000, learning_rate=1e-2),
-    "cuda": Sizes(steps=100, batch=16384, block=32, layers=1, heads=1, embd=512, vocab_size=40_000, learning_rate=1e-3),
+    "cpu": Sizes(steps=10, batch=2048, block=16, layers=1, heads=1, embd=64, vocab_size=4000, learning_rate=1e-2),
+    "cuda": Sizes(steps=100, batch=4096, block=32, layers=1, heads=1, embd=512, vocab_size=40_000, learning_rate=1e-3),
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 SIZES = {
     "cpu": Sizes(steps=16, batch=32, block=64, layers=2, heads=2, embd=64, vocab_size=50_000, learning_rate=3e-3),
-    "cuda": Sizes(steps=100, batch=256, block=200, layers=2, heads=4, embd=256, vocab_size=500_000, learning_rate=1e-3),
+    "cuda": Sizes(steps=100, batch=64, block=200, layers=2, heads=4, embd=256, vocab_size=500_000, learning_rate=1e-3),
 }
 
 

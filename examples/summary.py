@@ -123,7 +123,7 @@ def draw(path: Path, without: Run, with_pass: Run, caption: str) -> None:
     left.plot(steps, without.losses, color=_BEFORE, linewidth=5, alpha=0.6, label="without")
     left.plot(steps, with_pass.losses, color=_AFTER, linewidth=1.5, label="with lce_inductor")
     difference = loss_difference(without, with_pass)
-    left.set(title=f"Loss (largest difference {difference:.1e})", xlabel="step", ylabel="cross-entropy")
+    left.set(title=f"Loss (largest difference {difference:.1e})", xlabel="step", ylabel="loss")
 
     highest = 0.0
     for run, color, name in ((without, _BEFORE, "without"), (with_pass, _AFTER, "with lce_inductor")):
@@ -132,14 +132,15 @@ def draw(path: Path, without: Run, with_pass: Run, caption: str) -> None:
         right.plot(run.step_ms, level, drawstyle="steps-post", color=color, linewidth=1.5, label=label)
         highest = max(highest, *level)
         right.fill_between(run.step_ms, level, step="post", color=color, alpha=0.2)
+    high = without.resident / MIB > 0.1 * highest  # enough room for the text below the line
     right.axhline(without.resident / MIB, color="black", linewidth=0.8, linestyle=":")
     right.annotate(
-        "between steps: parameters, optimizer",
+        "between steps",
         (0, without.resident / MIB),
         xycoords=("axes fraction", "data"),
-        xytext=(4, -3),
+        xytext=(4, -3 if high else 3),
         textcoords="offset points",
-        va="top",
+        va="top" if high else "bottom",
         fontsize=8,
     )
     right.set(title="Memory of tensors during one step", xlabel="host time in the step (ms)", ylabel="MiB")
@@ -147,7 +148,7 @@ def draw(path: Path, without: Run, with_pass: Run, caption: str) -> None:
     right.set_xlim(left=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        axes.legend(loc="best" if axes is left else "upper right")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption, fontsize=10)
     figure.savefig(path, dpi=130)
