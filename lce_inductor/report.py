@@ -60,7 +60,7 @@ class HeadRecord:
 
     def lines(self) -> list[str]:
         """The record as log lines."""
-        size = f"{self.tokens}x{self.classes} logits, {self.logits_bytes / 2**20:.1f} MiB"
+        size = f"{self.tokens}x{self.classes} logits, {size_text(self.logits_bytes)}"
         if self.code is None:
             return [
                 f"rewrote {self.source or 'head'} ({size} no longer exist; {self.plan})",
@@ -72,6 +72,12 @@ class HeadRecord:
             f"left {self.source or 'head'} as it is ({size}): {self.code}{where}: {self.explanation}",
             f"  hint: {self.hint}",
         ]
+
+
+def size_text(count: int) -> str:
+    """A number of bytes in the unit that fits."""
+    unit, text = next(((u, t) for u, t in ((30, "GiB"), (20, "MiB")) if count >= 1 << u), (10, "KiB"))
+    return f"{count / (1 << unit):.1f} {text}" if count else "0"
 
 
 @dataclasses.dataclass

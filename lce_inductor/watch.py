@@ -141,9 +141,9 @@ def _warn(now: _Compile) -> None:
         disarm()
         record = max(missed, key=lambda r: r.logits_bytes)
         log.warning(
-            "install() has rewritten nothing so far, and %.1f MiB of logits stay in memory: %s: %s: %s. "
+            "install() has rewritten nothing so far, and %s of logits stay in memory: %s: %s: %s. "
             "print(lce_inductor.explain(fn)(*args)), with what you compile as fn, says more. (Said once.)",
-            record.logits_bytes / 2**20, record.source, record.code, record.explanation,
+            report.size_text(record.logits_bytes), record.source, record.code, record.explanation,
         )  # fmt: skip
 
 
