@@ -65,6 +65,8 @@ _PARAMS: dict[str, tuple[str, ...]] = {
     "unbind": ("input", "dim"),
     "unflatten": ("input", "dim", "*sizes"),
     "stack": ("tensors", "dim"),
+    "broadcast_tensors": ("*tensors",),
+    "clamp": ("input", "min", "max"),
     "movedim": ("input", "source", "destination"),
     "mul": ("input", "other"),
     "div": ("input", "other"),

@@ -186,10 +186,23 @@ class Squared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """`index`, a number per row with class dimension 1, broadcast against `like`; `narrow` once that is taken back."""
+
+    like: ClassMap
+    index: Node
+    narrow: bool = False
+
+    @property
+    def head(self) -> Head:
+        return self.like.head
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """Several forms in one value: the tuple of a split, or a stack along a new dimension `dim`."""
 
-    items: tuple[ClassMap, ...]
+    items: tuple[Any, ...]
     dim: int | None
 
     @property
@@ -197,7 +210,7 @@ class Parts:
         return self.items[0].head
 
 
-Form = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Parts]
+Form = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Spread, Parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +238,7 @@ class Terminal:
     emit: Callable[[Emitter], Any]
 
 
-Outcome = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Parts, Terminal, Refusal, None]
+Outcome = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Spread, Parts, Terminal, Refusal, None]
 Rule = Callable[["Walk", Call, Any], Outcome]
 
 RULES: dict[str, Rule] = {}

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
 from ..reasons import refuse
@@ -178,10 +179,18 @@ def add(walk: Walk, call: Call, form: Any) -> Outcome:
     if extent == "class" and _floating(other):
         return edited(form, Edit("bias", (other,) if sign > 0 else (other, -1)), call)
     if extent == "row" and not form.exp and form.coef == 1.0:
-        return _shifted(form, sign, other, False, call)
+        shifted, lse_of = _shifted(form, sign, other, False, call), walk.logsumexps.get(other)
+        if shifted is not None and lse_of is not None and form.plain and sign < 0 and _alike(form, lse_of):
+            return form.with_(normalized=True, dtype=shifted.dtype)  # as log_softmax, which rounds once
+        return shifted
     if extent == "all":
         return refuse(_full_addend(other), call.node)
     return None
+
+
+def _alike(a: ClassMap, b: ClassMap) -> bool:
+    """The same logits, with or without their gradient both."""
+    return a.source == b.source and a.class_dim == b.class_dim and a.detached == b.detached
 
 
 def _adapter(a: Head, b: Head) -> bool:
@@ -320,8 +329,13 @@ def kl_div(walk: Walk, call: Call, form: Any) -> Outcome:
 
 @rule("clamp", "clip", "arccos", "acos")
 def margin(walk: Walk, call: Call, form: Any) -> Outcome:
-    """Cosines are clamped on their way to a margin."""
+    """Cosines are clamped on their way to a margin; a clamp at the lowest number does nothing to finite logits."""
     head = form.head
+    if call.name == "clamp" and isinstance(form, ClassMap) and call.get("max") is None:
+        finite = head.bias is None and not any(e.name in ("bias", "mask", "fill") for e in form.edits)
+        lowest = number(call.get("min"))
+        if finite and lowest is not None and lowest <= torch.finfo(form.dtype).min:
+            return form
     normalized = [canonical(ref) for ref in (head.x, head.weight) if isinstance(ref, Node)]
     cosine = all(c is not None and c.name == "normalize" for c in normalized) and normalized
     return refuse("margin" if cosine else "escape", call.node)

@@ -15,7 +15,7 @@ from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
 from ..reasons import refuse
 from .canon import Call, canonical
 from .emit import Emitter
-from .forms import ClassMap, OneHotProduct, Outcome, Product, Terminal, Want, rule
+from .forms import ClassMap, OneHotProduct, Outcome, Product, Spread, Terminal, Want, rule
 from .values import Info, info, same_shape
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def logsumexp(walk: Walk, call: Call, form: Any) -> Outcome:
     if not over_classes(form, call.get("dim")):
         return refuse("class-dim", call.node)
     keepdim = bool(call.get("keepdim", False))
+    if form.plain and (form.detached or not walk.effects.grad_off(call.node)):
+        walk.logsumexps[call.node] = form
     return _terminal(call, form, [Want(LSE)], lambda e: e.keep(_at(e, form, e.rows(e.stat(Want(LSE)))), keepdim))
 
 
@@ -198,7 +200,7 @@ def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
     wants = [want] if hot.index is not None else []
     if hot.shift != 0.0:
         wants.append(Want(SUM, hot.weight))
-    if not wants or values.exp:
+    if not wants or (values.exp and hot.shift != 0.0):
         return None
 
     def write(e: Emitter) -> Node:
@@ -217,7 +219,10 @@ def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
 @rule("gather", "take_along_dim")
 def gather(walk: Walk, call: Call, form: Any) -> Outcome:
     """One or a few classes per row, by an index with a class dimension of that size."""
-    index, dim = call.get("index"), call.get("dim")
+    index, dim, form = call.get("index"), call.get("dim"), walk.form(call.get("input"))
+    spread = walk.form(index)
+    if isinstance(spread, Spread) and spread.narrow:
+        index = spread.index
     if not isinstance(form, ClassMap) or walk.form(index) is not None or call.get("sparse_grad"):
         return None
     known, like = info(index), info(call.get("input"))

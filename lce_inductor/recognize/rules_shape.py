@@ -15,7 +15,7 @@ from torch.fx import Node
 from ..reasons import refuse
 from .canon import Call
 from .edits import fold
-from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Parts, Product, RowOp, rule
+from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Parts, Product, RowOp, Spread, rule
 from .rules_elementwise import num_classes
 from .rules_head import DTYPES
 from .rules_reduce import index_rows
@@ -153,12 +153,42 @@ def permute(walk: Walk, call: Call, form: Any) -> Outcome:
     return moved.with_(rows=(*form.rows, RowOp("permute", (*rows, form.ndim - 1), selects=True)))
 
 
+@rule("broadcast_tensors")
+def broadcast(walk: Walk, call: Call, form: Any) -> Outcome:
+    """Labels against the logits they are gathered from, as torch.distributions does it."""
+    items = [walk.form(t) or t for t in call.get("tensors")]
+    out = call.node.meta.get("example_value", call.node.meta.get("val"))
+    if not isinstance(form, ClassMap) or len(items) != 2 or not isinstance(out, (tuple, list)):
+        return None
+    index = next((t for t in items if isinstance(t, Node)), None)
+    known, like = info(index), tuple(out[0].shape)
+    if index is None or known is None or len(known.shape) != form.ndim or not same(known.shape[form.class_dim], 1):
+        return None
+    own = info(call.get("tensors")[items.index(form)])
+    row = (*known.shape[: form.class_dim], like[form.class_dim], *known.shape[form.class_dim + 1 :])
+    if own is None or not same_shape(own.shape, like) or not same_shape(row, like):
+        return None
+    return Parts(tuple(form if t is form else Spread(form, index) for t in items), None)
+
+
+def _narrowed(form: Spread, key: Any) -> Spread | None:
+    """[..., :1] of labels that were broadcast along the classes."""
+    full = full_key(key if isinstance(key, tuple) else (key,), form.like.ndim)
+    if full is None or len(full) != form.like.ndim or not form.like.class_last:
+        return None
+    return (
+        dataclasses.replace(form, narrow=True) if full == (*[slice(None)] * (len(full) - 1), slice(None, 1)) else None
+    )
+
+
 @rule("getitem")
 def getitem(walk: Walk, call: Call, form: Any) -> Outcome:
     """Slices and indices of rows, slices of classes, one class per row, and members of a stack or split."""
     key = call.get("key")
     if isinstance(form, Parts):
         return _member(call, form, key)
+    if isinstance(form, Spread):
+        return _narrowed(form, key)
     if not isinstance(form, ClassMap):
         return None
     key = key if isinstance(key, tuple) else (key,)

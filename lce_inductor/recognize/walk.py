@@ -51,6 +51,7 @@ class Walk:
         self.effects = Effects(graph)
         self.forms: dict[Node, Form] = {}
         self.plans: dict[Node, HeadPlan] = {}
+        self.logsumexps: dict[Node, ClassMap] = {}  # nodes that are the logsumexp of a form
         self.dead = _dead(graph, self.effects)
 
     def form(self, node: Any) -> Form | None:

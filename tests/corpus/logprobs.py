@@ -327,13 +327,13 @@ def unlikelihood(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -torch.log(torch.clamp(1.0 - logp.exp(), min=1e-5)).mean()
 
 
-@case("rl/categorical-log-prob", either(codes.ESCAPE))
+@case("rl/categorical-log-prob")
 def categorical(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     policy = torch.distributions.Categorical(logits=F.linear(h, weight), validate_args=False)
     return -policy.log_prob(targets).mean()
 
 
-@case("rl/categorical-entropy", either(codes.ESCAPE))
+@case("rl/categorical-entropy")
 def categorical_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     policy = torch.distributions.Categorical(logits=F.linear(h, weight), validate_args=False)
     return -policy.log_prob(targets).mean() - 0.01 * policy.entropy().mean()
@@ -430,3 +430,11 @@ def rank_of_target(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
 def norm_of_logits(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits, targets.view(-1)), logits.detach().norm()
+
+
+@case("logprobs/poly-loss")
+def poly_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    z = F.linear(x, weight)
+    labels = targets.view(-1)
+    at_label = (F.one_hot(labels, z.shape[-1]) * z.softmax(-1)).sum(-1)
+    return (F.cross_entropy(z, labels, reduction="none") + 1 - at_label).mean()
