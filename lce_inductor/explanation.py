@@ -230,8 +230,8 @@ class _Recorder:
             found.append("torch.compile made no graph of this: nothing to trace, or Dynamo is switched off")
         if self.cached:
             found.append(
-                "graphs of this process came from the compile caches, where the passes do not run. This table is from "
-                "a compile without caches; cached code of the same settings does the same"
+                "graphs of this process came from the compile caches, without a run of the passes. This table is from "
+                "a compile past the caches; cached code of the same settings does the same"
             )
         return found
 

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -424,11 +425,14 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     """The output lines of two processes that share a cache, and the folder of their traces."""
     folder = tmp_path_factory.mktemp("cached")
     (folder / "probe.py").write_text(PROBE)
+    # A copy: the keys of the caches cover the sources, which somebody may be editing.
+    package = Path(lce_inductor.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TORCH_TRACE": str(folder / "trace"),
-        "PYTHONPATH": str(Path(lce_inductor.__file__).parent.parent),
+        "PYTHONPATH": str(folder),
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
     }
