@@ -136,10 +136,11 @@ def draw(path: Path, without: Run, with_pass: Run, caption: str) -> None:
     right.axhline(without.resident / MIB, color="black", linewidth=0.8, linestyle=":")
     right.annotate(
         "between steps",
-        (0, without.resident / MIB),
+        (1, without.resident / MIB),
         xycoords=("axes fraction", "data"),
-        xytext=(4, -3 if high else 3),
+        xytext=(-4, -3 if high else 3),
         textcoords="offset points",
+        ha="right",
         va="top" if high else "bottom",
         fontsize=8,
     )
