@@ -237,8 +237,10 @@ def rows_kernel(
                 high = new_high
 
     if LSE:
-        lse = tl.where(tl.abs(high) == float("inf"), 0.0, high) + tl.log(exps)
-        tl.store(lse_ptr + n, lse)
+        # Two numbers, and fp64 in memory: a large maximum would swallow the digits of the logarithm.
+        lse_high = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+        lse_low = tl.log(exps)
+        tl.store(lse_ptr + n, lse_high.to(tl.float64) + lse_low.to(tl.float64))
     if SUM:
         tl.store(sum_ptr + n, total)
     if NEG_ENTROPY:
@@ -257,25 +259,29 @@ def rows_kernel(
         if NEED_P:
             if not LSE:
                 lse = tl.load(lse_ptr + n)
+                lse_high = lse.to(ACC)
+                rest = (lse - lse_high.to(tl.float64)).to(ACC)
+                lse_low = tl.where(tl.abs(lse_high) < float("inf"), rest, 0.0)
             if g_lse_ptr is not None:
-                g_lse += tl.load(g_lse_ptr + n * stride_gl)
+                g_lse += tl.load(g_lse_ptr + n * stride_gl).to(ACC)
             if g_slope_ptr is not None:
-                g_lse += tl.load(g_slope_ptr + n * stride_gs) * lse
+                g_lse += tl.load(g_slope_ptr + n * stride_gs).to(ACC) * (lse_high + lse_low)
         if g_neg_entropy_ptr is not None:
             if not NEG_ENTROPY:
                 neg_entropy = tl.load(neg_entropy_ptr + n)
-            g_neg_entropy = tl.load(g_neg_entropy_ptr + n * stride_gne)
+            g_neg_entropy = tl.load(g_neg_entropy_ptr + n * stride_gne).to(ACC)
         if g_sum_ptr is not None:
-            g_sum = tl.load(g_sum_ptr + n * stride_gsum)
+            g_sum = tl.load(g_sum_ptr + n * stride_gsum).to(ACC)
         for i in range(BLOCKS):
             offs_v = (BLOCKS - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
             y, slope = _logits(z_row, row_stride, V, bias_ptr, offs_v, STEPS, ACC)
             d = tl.full((BLOCK_V,), 0.0, ACC)
             if NEED_P:
+                log_p = (y - lse_high) - lse_low
                 factor = g_lse
                 if g_neg_entropy_ptr is not None:
-                    factor = g_lse + g_neg_entropy * (y - lse - neg_entropy)
-                d = tl.exp(y - lse) * factor
+                    factor = g_lse + g_neg_entropy * (log_p - neg_entropy)
+                d = tl.exp(log_p) * factor
             if g_sum_ptr is not None:
                 if class_weight_ptr is not None:
                     d += g_sum * tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0).to(ACC)
@@ -284,6 +290,7 @@ def rows_kernel(
             if g_target_ptr is not None:
                 for k in range(K):
                     t = _column(target_row, stride_tk, V, k)
-                    d += tl.where(offs_v == t, tl.load(g_target_ptr + n * stride_gtn + k * stride_gtk), 0.0)
+                    g_target = tl.load(g_target_ptr + n * stride_gtn + k * stride_gtk).to(ACC)
+                    d += tl.where(offs_v == t, g_target, 0.0)
             d = tl.where(offs_v < V, d * slope, 0.0)
             tl.store(z_row + offs_v, d.to(z_ptr.dtype.element_ty), mask=offs_v < row_stride)

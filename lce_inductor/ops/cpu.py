@@ -8,7 +8,20 @@ from torch import Tensor
 
 from .chunking import plan
 from .epilogue import apply, apply_with_slope
-from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import (
+    ARGMAX,
+    LSE,
+    MAX,
+    NEG_ENTROPY,
+    NO_TARGET,
+    SUM,
+    TARGET,
+    HeadArgs,
+    RowGrads,
+    Stats,
+    lse_dtype,
+    stat_dtype,
+)
 
 Mask = tuple[bool, bool, bool]
 
@@ -73,14 +86,19 @@ class _Rows:
     def __init__(self, a: HeadArgs, stats: int) -> None:
         n = a.x.shape[0]
         columns = 0 if a.target is None else a.target.shape[1]
-        dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+        dtype = stat_dtype(a.x)
 
         def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
             return a.x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
 
         self.a, self.asked = a, stats
         self.stats = Stats(
-            new(LSE), new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), new(ARGMAX, dtype=torch.int64)
+            new(LSE, dtype=lse_dtype(a.x)),
+            new(TARGET, columns),
+            new(SUM),
+            new(NEG_ENTROPY),
+            new(MAX),
+            new(ARGMAX, dtype=torch.int64),
         )
         if stats & TARGET and a.target is not None:
             _check_target(a.target, a.weight.shape[0])
@@ -88,20 +106,20 @@ class _Rows:
     def fill_and_exp(self, rows: slice, y: Tensor) -> Tensor:
         """fill(), and y becomes exp(y - its maximum) in place; returns the sum of that, row by row."""
         self._fill_others(rows, y)
-        top = y.amax(1)
-        top = torch.where(top.isfinite(), top, 0)
+        top = _finite_top(y)
         total = y.sub_(top[:, None]).exp_().sum(1)
-        self.stats.lse[rows] = top + total.log()
+        self.stats.lse[rows] = _lse(self.a, top, total)
         return total
 
     def fill(self, rows: slice, y: Tensor) -> None:
         s, asked = self.stats, self.asked
         if asked & (LSE | NEG_ENTROPY):
-            lse = y.logsumexp(1)
+            top = _finite_top(y)
+            lse = _lse(self.a, top, (y - top[:, None]).exp_().sum(1))
             if asked & LSE:
                 s.lse[rows] = lse
             if asked & NEG_ENTROPY:
-                log_p = y - lse[:, None]
+                log_p = _minus(y.clone(), lse)
                 s.neg_entropy[rows] = log_p.exp().mul_(log_p).sum(1)
         self._fill_others(rows, y)
 
@@ -117,6 +135,24 @@ class _Rows:
             s.max_logit[rows] = y.amax(1)
         if asked & ARGMAX:
             s.argmax[rows] = y.argmax(1)
+
+
+def _finite_top(y: Tensor) -> Tensor:
+    """The maximum of each row, 0 where subtracting it would make NaN of what logsumexp gives as +-inf."""
+    top = y.amax(1)
+    return torch.where(top.isfinite(), top, 0)
+
+
+def _lse(a: HeadArgs, top: Tensor, total: Tensor) -> Tensor:
+    return top.to(lse_dtype(a.x)) + total.log()
+
+
+def _minus(y: Tensor, lse: Tensor) -> Tensor:
+    """y - lse in place, with the digits of lse that y's dtype has no room for."""
+    high = lse.to(y.dtype)
+    y.sub_(high[:, None])
+    rest = torch.where(high.isfinite(), lse - high, 0).to(y.dtype)
+    return y.sub_(rest[:, None])
 
 
 def _check_target(target: Tensor, classes: int) -> None:
@@ -136,15 +172,15 @@ def _dz(
     grads: RowGrads,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the chunk's logits, in the dtype of x. y may be overwritten; with `total` it holds exponentials
+    """Gradient of the chunk's logits, in the dtype of y. y may be overwritten; with `total` it holds exponentials
     of that sum already."""
-    g_lse = None if grads.lse is None else grads.lse[rows]
+    g_lse = None if grads.lse is None else grads.lse[rows].to(y.dtype)
     if grads.lse_slope is not None:
-        sloped = grads.lse_slope[rows] * lse
+        sloped = (grads.lse_slope[rows] * lse).to(y.dtype)
         g_lse = sloped if g_lse is None else g_lse + sloped
     if grads.neg_entropy is not None:
         assert neg_entropy is not None
-        log_p = y.sub_(lse[:, None])
+        log_p = _minus(y, lse)
         factor = (log_p - neg_entropy[:, None]).mul_(grads.neg_entropy[rows, None])
         if g_lse is not None:
             factor.add_(g_lse[:, None])
@@ -152,7 +188,7 @@ def _dz(
     elif g_lse is not None and total is not None:
         d = y.mul_((g_lse / total)[:, None])
     elif g_lse is not None:
-        d = y.sub_(lse[:, None]).exp_().mul_(g_lse[:, None])
+        d = _minus(y, lse).exp_().mul_(g_lse[:, None])
     else:
         d = torch.zeros_like(y)
     if grads.target is not None and a.target is not None:

@@ -12,6 +12,7 @@ product has `out=`, which ambient autocast leaves alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -21,7 +22,20 @@ from torch import Tensor
 
 from .chunking import plan
 from .products import product
-from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import (
+    ARGMAX,
+    LSE,
+    MAX,
+    NEG_ENTROPY,
+    NO_TARGET,
+    SUM,
+    TARGET,
+    HeadArgs,
+    RowGrads,
+    Stats,
+    lse_dtype,
+    stat_dtype,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +65,7 @@ def forward(a: HeadArgs, stats: int) -> Stats:
         from ..kernels import anchored
 
         with _device(a.x):
-            return anchored.forward(a, stats)
+            return _wide_lse(anchored.forward(a, stats))
     found = _empty_stats(a, stats)
     _run(a, stats, found, None, None)
     return found
@@ -63,7 +77,7 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
         from ..kernels import anchored
 
         with _device(a.x):
-            return anchored.backward(a, lse, grads, mask)
+            return anchored.backward(a, lse.float(), _float(grads), mask)
     found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
     if neg_entropy is not None:
         found = found._replace(neg_entropy=neg_entropy.contiguous())
@@ -79,7 +93,8 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
         from ..kernels import anchored
 
         with _device(a.x):
-            return anchored.with_grad(a, stats, grads, mask)
+            wide, dx, dw, db = anchored.with_grad(a, stats, _float(grads), mask)
+        return _wide_lse(wide), dx, dw, db
     needed = stats
     if grads.neg_entropy is not None:
         needed |= NEG_ENTROPY | LSE
@@ -92,6 +107,16 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
     nothing = _empty_stats(a, 0)
     asked = (LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX)
     return (Stats(*(f if stats & bit else e for f, e, bit in zip(found, nothing, asked))), *out.result())
+
+
+def _wide_lse(found: Stats) -> Stats:
+    return found._replace(lse=found.lse.double())
+
+
+def _float(grads: RowGrads) -> RowGrads:
+    """The anchored kernels compute in fp32 throughout."""
+    fields = (getattr(grads, f.name) for f in dataclasses.fields(grads))
+    return RowGrads(*(None if g is None else g.float() for g in fields))
 
 
 def _is_anchored(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> bool:
@@ -216,13 +241,14 @@ def _for_products(t: Tensor) -> Tensor:
 
 def _empty_stats(a: HeadArgs, stats: int) -> Stats:
     N = a.x.shape[0]
-    dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+    dtype = stat_dtype(a.x)
     columns = 0 if a.target is None else a.target.shape[1]
 
     def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
         return a.x.new_empty((N, *more) if stats & bit else (0,), dtype=dtype)
 
-    return Stats(new(LSE), new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), new(ARGMAX, dtype=torch.int64))
+    lse, argmax = new(LSE, dtype=lse_dtype(a.x)), new(ARGMAX, dtype=torch.int64)
+    return Stats(lse, new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), argmax)
 
 
 def _assert_targets(target: Tensor | None, V: int) -> None:

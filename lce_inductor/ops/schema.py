@@ -12,8 +12,8 @@ Composite ops (traced through by AOTAutograd, visible in pre-grad graphs):
     cross_entropy        the arithmetic of F.cross_entropy on [N]-sized statistics
 
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
-target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs); `stats` is a mask of
-the bits in types.
+target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats`
+is a mask of the bits in types.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from . import composite, cpu
 from .epilogue import parse
-from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, HeadArgs, RowGrads, Stats
+from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, HeadArgs, RowGrads, Stats, lse_dtype, stat_dtype
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
 _PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
@@ -51,11 +51,6 @@ _lib.define(
     "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
     "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
 )
-
-
-def stat_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the statistics of logits of x: fp64 for fp64, else fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _impl(x: Tensor):  # type: ignore[no-untyped-def]
@@ -150,9 +145,8 @@ def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
         return x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
 
     columns = 0 if target is None else target.shape[1]
-    return Stats(
-        rows(LSE), rows(TARGET, columns), rows(SUM), rows(NEG_ENTROPY), rows(MAX), rows(ARGMAX, dtype=torch.int64)
-    )
+    lse, argmax = rows(LSE, dtype=lse_dtype(x)), rows(ARGMAX, dtype=torch.int64)
+    return Stats(lse, rows(TARGET, columns), rows(SUM), rows(NEG_ENTROPY), rows(MAX), argmax)
 
 
 def _fake_grads(  # type: ignore[no-untyped-def]

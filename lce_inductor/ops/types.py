@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .epilogue import Steps
@@ -13,6 +14,20 @@ from .epilogue import Steps
 LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX = 1, 2, 4, 8, 16, 32
 
 NO_TARGET = -(2**63)  # torch.iinfo(torch.int64).min: this row has no target in this column
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """dtype of the statistics of logits of x: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def lse_dtype(x: Tensor) -> torch.dtype:
+    """dtype of lse: fp64 wherever the device has it.
+
+    lse = maximum + log of a sum. Rounded to fp32, a large maximum takes the digits of the small logarithm with it, and
+    with them those of every `logit - lse`: the loss and the probabilities. One number per row costs nothing.
+    """
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +59,7 @@ class HeadArgs:
 class RowGrads:
     """Gradient of the loss with respect to each row statistic; None means zero.
 
-    All in the statistics' dtype (fp64 for fp64 inputs, else fp32), any strides, 0 included.
+    Each in the dtype of its statistic or any other, any strides, 0 included.
 
     Attributes:
         lse: [N].
@@ -69,7 +84,8 @@ class RowGrads:
 class Stats(NamedTuple):
     """Row statistics of Y; what was not asked for has shape [0].
 
-    lse, sum_logits, neg_entropy, max_logit: [N]; target_logit: [N, K]; fp64 for fp64 inputs, else fp32.
+    lse: [N], fp64 (see lse_dtype). sum_logits, neg_entropy, max_logit: [N]; target_logit: [N, K]; fp64 for fp64
+    inputs, else fp32.
     argmax: int64 [N].
     """
 
