@@ -30,15 +30,16 @@ STEPS = {
     "plain": {"install": None},
     "ours": {"install": {"min_logits_bytes": 0}},
     "other settings": {"install": {"min_logits_bytes": 0, "chunk_tokens": 7}},
+    "recomputed": {"install": {"min_logits_bytes": 0, "gradients": "recompute"}},
     "user's pass": {"install": {"min_logits_bytes": 0}, "user": "uuid"},
     "user's callable": {"install": {"min_logits_bytes": 0}, "user": "callable"},
 }
 
 
-def probe(cache: Path, root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def probe(cache: Path, root: Path, names: list[str], autograd_cache: bool = True) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
-    for off in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE"):
-        environment[off] = "1"
+    environment["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "1"
+    environment["TORCHINDUCTOR_AUTOGRAD_CACHE"] = str(int(autograd_cache))
     command = [sys.executable, str(PROBE), json.dumps([STEPS[n] for n in names])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -53,7 +54,7 @@ def caches(found: dict[str, Any]) -> dict[str, list[int]]:
 def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """A cache folder filled by one process, and what that process saw."""
     cache = tmp_path_factory.mktemp("cache")
-    return cache, probe(cache, PACKAGE.parent, list(STEPS))
+    return cache, probe(cache, PACKAGE.parent, [name for name in STEPS if name != "recomputed"])
 
 
 def test_every_setting_has_its_own_entry(cold):
@@ -61,7 +62,7 @@ def test_every_setting_has_its_own_entry(cold):
     _, found = cold
     for name in ("plain", "ours", "other settings", "user's pass"):
         assert caches(found[name]) == MISS, name
-    assert [found[n]["rewritten"] for n in STEPS] == [0, 1, 1, 1, 1]
+    assert [found[n]["rewritten"] for n in found] == [0, 1, 1, 1, 1]
 
 
 def test_a_callable_without_uuid_switches_the_caches_off_as_without_us(cold):
@@ -80,6 +81,19 @@ def test_warm_in_a_fresh_process(cold):
         # torch 2.11 looks into its caches only after the pre-grad passes.
         assert found[name]["rewritten"] == (TORCH_2_11 and before[name]["rewritten"])
         assert found[name]["bits"] == before[name]["bits"]
+
+
+def test_without_the_autograd_cache(cold):
+    """Inductor's own cache alone: hits for the same settings, and a miss for settings that nobody had before."""
+    cache, before = cold
+    found = probe(cache, PACKAGE.parent, ["ours", "plain", "recomputed"], autograd_cache=False)
+    for name in ("ours", "plain"):
+        assert caches(found[name]) == {"fx": [2, 0, 0], "aot": [0, 0, 0]}, name
+        assert found[name]["bits"] == before[name]["bits"]
+    assert caches(found["recomputed"]) == {"fx": [0, 2, 0], "aot": [0, 0, 0]}
+    assert [found[n]["rewritten"] for n in found] == [1, 0, 1]  # nothing in front of the passes but that cache
+    warm = probe(cache, PACKAGE.parent, ["recomputed"], autograd_cache=False)["recomputed"]
+    assert caches(warm)["fx"] == [2, 0, 0] and warm["bits"] == found["recomputed"]["bits"]
 
 
 def test_another_source_misses(cold, tmp_path):
