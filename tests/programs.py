@@ -102,6 +102,7 @@ STEPS: dict[str, Step] = {
     "class bias": _values(lambda z, i: z + i.classes, "classes"),
     "class scale": _values(lambda z, i: z * i.classes, "classes"),
     "masked classes": _values(lambda z, i: z.masked_fill(torch.arange(V) % 5 == 4, -torch.inf), "classes"),
+    "hidden classes": _values(lambda z, i: z.masked_fill(torch.arange(V) > 18, -1e9), "classes"),
     "row offset": Step(lambda r, i: r._replace(z=r.z + r.rows[..., None])),
     "maximum taken off": _values(lambda z, i: z - z.max(-1, keepdim=True).values.detach()),
     "trained scale": _values(lambda z, i: z * i.number),
@@ -132,6 +133,11 @@ def _picked(z: Tensor, t: Tensor) -> Tensor:
 
 def _columns(z: Tensor) -> Tensor:
     return torch.linspace(0.5, 1, z.shape[-1], dtype=z.dtype)
+
+
+def _categorical(z: Tensor, t: Tensor) -> Tensor:
+    policy = torch.distributions.Categorical(logits=z, validate_args=False)
+    return policy.log_prob(t).mean() + 0.1 * policy.entropy().sum()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -166,6 +172,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logsumexp": lambda z, t: torch.logsumexp(z, -1).square().mean(),
     "log of a sum": lambda z, t: z.exp().sum(-1).log().mean(),
     "entropy": lambda z, t: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "categorical": _categorical,
+    "poly": lambda z, t: (F.one_hot(t, z.shape[-1]) * z.softmax(-1)).sum(-1).square().sum(),
     "max": lambda z, t: z.max(-1).values.sum(),
     "accuracy": lambda z, t: (z.argmax(-1) == t).to(z.dtype).mean(),
     "class sum": lambda z, t: z.sum(-1).square().sum(),

@@ -121,6 +121,7 @@ CASES: dict[str, dict[str, Fn]] = {
 # Codes that no function of plain tensors on one device can show; each has a test of its own below.
 ELSEWHERE = {"no-loss", "internal-error", "lora", "no-shapes", "layout", "dtype"}
 ELSEWHERE |= {
+    "ahead-of-time",
     "no-head",
     "graph-break",
     "loss-outside",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from .forms import Edit
@@ -12,11 +13,13 @@ _AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap")
 
 class Folded(NamedTuple):
     """inputs: edits of x, weight and bias, in order, each with the factor that number steps before it make; steps:
-    the epilogue's text; classes: how many a slice leaves, None for all."""
+    the epilogue's text; classes: how many a slice leaves, None for all; hidden: the number that masked classes were
+    set to, None without a mask."""
 
     inputs: tuple[tuple[Edit, float], ...]
     steps: str
     classes: int | None
+    hidden: float | None
 
 
 def fold(edits: tuple[Edit, ...]) -> Folded | None:
@@ -29,13 +32,20 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
     steps: list[str] = []
     classes: int | None = None
     factor, linear = 1.0, True
-    masked = False
+    hidden: float | None = None
     for edit in edits:
         # -inf changes its sign or becomes NaN under these.
-        if masked and (edit.name in _AGAINST_MASKS or (edit.name in ("mul", "div") and edit.args[0] <= 0)):
+        if hidden is not None and (edit.name in _AGAINST_MASKS or (edit.name in ("mul", "div") and edit.args[0] <= 0)):
             return None
-        masked = masked or edit.name in ("mask", "fill")
-        if edit.name == "classes":
+        if edit.name in ("mask", "fill"):
+            # As -inf: under a positive factor and no other step, and never beside another number.
+            if not linear or factor <= 0 or edit.args[-1] != (edit.args[-1] if hidden is None else hidden):
+                return None
+            hidden = edit.args[-1]
+            inputs.append((edit, 1.0))
+        elif hidden is not None and math.isfinite(hidden) and edit.name != "classes":
+            return None  # changes the number
+        elif edit.name == "classes":
             start, stop = edit.args
             classes = stop - start
             inputs.append((edit, 1.0))
@@ -47,16 +57,19 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
                 factor /= edit.args[0]
             else:
                 linear = False
-        elif edit.name in ("fill", "mask") and edit.args[-1] == float("-inf"):
-            # -inf stays -inf under a positive factor and no other step.
-            if not linear or factor <= 0:
-                return None
-            inputs.append((edit, 1.0))
         elif not linear or factor == 0.0:
             return None
         else:
             inputs.append((edit, factor))
-    return Folded(tuple(inputs), ";".join(steps), classes)
+    return Folded(tuple(inputs), ";".join(steps), classes, hidden)
+
+
+def hides(value: Any) -> bool:
+    """Is this what masked classes are set to: -inf, or so low that their probability is zero?
+
+    Beside logits above -5000 it is, in every dtype. Only the masked logits themselves tell the difference.
+    """
+    return isinstance(value, (int, float)) and value <= -1e4
 
 
 def number(value: Any) -> float | None:

@@ -103,6 +103,8 @@ class _Head:
         if head.bias is not None:
             self.bias = self._own(head.bias)
         self.classes = head.num_classes
+        self.masked: Node | None = None  # [V], the masked classes
+        self.masked_value = folded.hidden
         for edit, factor in folded.inputs:
             self._edit(edit, factor)
 
@@ -133,18 +135,20 @@ class _Head:
             self._add_bias(added, edit.args[1] if len(edit.args) > 1 else 1)
         elif edit.name == "mask":
             mask = self.call(aten.reshape.default, value, [-1])
-            self._add_bias(self._where(mask, edit.args[1]))
+            self._hide(mask)
         elif edit.name == "fill":
-            start, stop, number = edit.args
+            start, stop, _ = edit.args
             classes = self.call(aten.arange.default, self.num_classes(), device=self._device())
             low, high = self.call(aten.ge.Scalar, classes, start), self.call(aten.lt.Scalar, classes, stop)
-            self._add_bias(self._where(self.call(aten.logical_and.default, low, high), number))
+            self._hide(self.call(aten.logical_and.default, low, high))
         elif edit.name == "classes":
             start, stop = edit.args
             self.classes = stop - start
             self.weight = self.call(aten.slice.Tensor, self.weight, 0, start, stop)
             if self.bias is not None:
                 self.bias = self.call(aten.slice.Tensor, self.bias, 0, start, stop)
+            if self.masked is not None:
+                self.masked = self.call(aten.slice.Tensor, self.masked, 0, start, stop)
         elif edit.name == "class_scale":
             scale = self.call(aten.reshape.default, value, [-1])
             self.weight = self._times(self.weight, self.call(aten.unsqueeze.default, scale, 1))
@@ -160,9 +164,19 @@ class _Head:
         """The product, back in the dtype of the linear."""
         return self.call(aten.to.dtype, self.call(aten.mul.Tensor, node, scale), self.plan.head.dtype)
 
-    def _where(self, mask: Node, number: float) -> Node:
+    def _hide(self, mask: Node) -> None:
+        low = self.call(aten.full.default, [], float("-inf"), device=self._device())
+        self._add_bias(self.call(aten.where.ScalarOther, mask, low, 0.0))
+        self.masked = mask if self.masked is None else self.call(aten.logical_or.default, self.masked, mask)
+
+    def unhide(self, stat: Node, target: Node) -> Node:
+        """The logits at `target`, a masked one what it was set to: nothing but the mask has a gradient there."""
+        if self.masked is None:
+            return stat
+        masked = self.call(aten.index.Tensor, self.masked, [self.call(aten.clamp.default, target, 0)])
+        masked = self.call(aten.logical_and.default, masked, self.call(aten.ge.Scalar, target, 0))
         return self.call(
-            aten.where.ScalarOther, mask, self.call(aten.full.default, [], number, device=self._device()), 0.0
+            aten.masked_fill.Scalar, stat, self.call(aten.view_as.default, masked, stat), self.masked_value
         )
 
     def _add_bias(self, added: Node, sign: int = 1) -> None:
@@ -231,7 +245,10 @@ def _write_stats(writer: _Head, group: Group, config: Config) -> tuple[Node, dic
         part = parts.get(want.bit)
         if part is None:
             part = parts[want.bit] = writer.call(operator.getitem, stats, _STAT_INDEX[want.bit])
-        columns[want] = writer.call(aten.select.int, part, -1, where[want]) if want.bit == TARGET else part
+        columns[want] = part
+        if want.bit == TARGET:
+            column = where[want]
+            columns[want] = writer.unhide(writer.call(aten.select.int, part, -1, column), targets[column])
     return stats, columns
 
 

@@ -6,7 +6,6 @@ logits * c   logits / t   logits + bias   30 * tanh(logits / 30)   logits - row 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.fx import Node
 
 from ..reasons import refuse
 from .canon import Call, canonical
-from .edits import fold, number
+from .edits import fold, hides, number
 from .forms import ClassMap, Edit, Head, Offset, OneHot, OneHotProduct, Outcome, Product, Squared, rule
 from .rules_head import DTYPES
 from .values import info, same
@@ -269,11 +268,11 @@ def log(walk: Walk, call: Call, form: Any) -> Outcome:
 
 @rule("masked_fill")
 def masked_fill(walk: Walk, call: Call, form: Any) -> Outcome:
-    """Classes masked with -inf; a mask that differs by row is no business of a head."""
+    """Classes masked; a mask that differs by row is no business of a head."""
     mask, value = call.get("mask"), call.get("value")
-    if not isinstance(form, ClassMap) or value != -math.inf or not isinstance(mask, Node):
+    if not isinstance(form, ClassMap) or not hides(value) or not isinstance(mask, Node):
         return None
-    return edited(form, Edit("mask", (mask, value)), call) if _extent(form, mask) == "class" else None
+    return edited(form, Edit("mask", (mask, float(value))), call) if _extent(form, mask) == "class" else None
 
 
 def one_hot(node: Node, form: ClassMap) -> OneHot | None:

@@ -5,17 +5,18 @@ logits.div_(t)   logits.mul_(c)   logits += bias   logits[..., V:] = -inf   logi
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
 from ..reasons import Refusal
 from .canon import Call, canonical
-from .edits import fold
+from .edits import fold, hides
 from .forms import RULES, ClassMap, Edit, OneHot
 from .rules_shape import class_range, full_key
+from .values import info
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -67,14 +68,17 @@ def _after(walk: Walk, call: Call, form: ClassMap) -> ClassMap | None:
 
 
 def _set_classes(call: Call, form: ClassMap) -> ClassMap | None:
-    """logits[..., a:b] = -inf for all rows."""
-    if len(call.node.args) != 3 or call.node.args[2] != -math.inf or not form.class_last:
+    """logits[..., a:b] = -inf for all rows, or logits[..., mask]."""
+    if len(call.node.args) != 3 or not hides(call.node.args[2]) or not form.class_last:
         return None
-    key = call.node.args[1]
+    key, value = call.node.args[1:]
     full = full_key(key if isinstance(key, tuple) else (key,), form.ndim)
     if full is None or len(full) != form.ndim or any(k != slice(None) for k in full[:-1]):
         return None
+    mask = info(full[-1])
+    if mask is not None and mask.dtype == torch.bool and len(mask.shape) == 1:
+        return form.with_(edits=(*form.edits, Edit("mask", (full[-1], value))))
     kept = class_range(form, full[-1])
-    if kept is None or any(e.name == "classes" for e in form.edits):
+    if kept is None:
         return None
-    return form.with_(edits=(*form.edits, Edit("fill", (*kept, -math.inf))))
+    return form.with_(edits=(*form.edits, Edit("fill", (*kept, value))))

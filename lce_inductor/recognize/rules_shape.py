@@ -7,6 +7,7 @@ logits[..., :V]   logits[mask]   logits.split(n)   torch.stack([logits_0, logits
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Part
 from .rules_elementwise import num_classes
 from .rules_head import DTYPES
 from .rules_reduce import index_rows
-from .values import info, same, same_shape
+from .values import Info, info, same, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -36,6 +37,10 @@ def cast(walk: Walk, call: Call, form: Any) -> Outcome:
         return None
     if isinstance(form, ClassMap) and not form.edits and out.dtype != form.dtype:
         form = form.with_(early_cast=True)
+    if isinstance(form, ClassMap) and any(
+        e.name in ("mask", "fill") and -math.inf < e.args[-1] < _lowest(out) for e in form.edits
+    ):
+        return None  # what masked classes were set to becomes -inf
     return dataclasses.replace(form, dtype=out.dtype)
 
 
@@ -54,6 +59,10 @@ def expand(walk: Walk, call: Call, form: Any) -> Outcome:
 @rule("detach")
 def detach(walk: Walk, call: Call, form: Any) -> Outcome:
     return form.detach() if isinstance(form, ClassMap) else None
+
+
+def _lowest(out: Info) -> float:
+    return float(torch.finfo(out.dtype).min)
 
 
 def _append(call: Call, form: Any, op: RowOp) -> ClassMap | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..ops.types import ARGMAX, SUM
+from ..ops.types import ARGMAX, NEG_ENTROPY, SUM
 from ..reasons import Refusal, refuse
 from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
 from .canon import canonical
@@ -165,8 +165,10 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
 
 
 def _masked_sum(terminal: Terminal) -> bool:
-    """Where a sum over classes meets -inf the loss is infinite, and eager's gradient is that of the mask."""
-    return any(w.bit == SUM for w in terminal.wants) and any(e.name in ("mask", "fill") for e in terminal.form.edits)
+    """A sum over classes meets what the masked ones were set to: of -inf the gradient is the mask's alone, or NaN."""
+    return any(w.bit in (SUM, NEG_ENTROPY) for w in terminal.wants) and any(
+        e.name in ("mask", "fill") for e in terminal.form.edits
+    )
 
 
 def _trains(walk: Walk, plan: HeadPlan) -> bool:
