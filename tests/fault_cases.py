@@ -34,6 +34,9 @@ BY_RULE: dict[str, Loss] = {
     "amax": lambda z, y: z.amax(-1).sum(),
     "arccos": lambda z, y: ce(torch.arccos(z.tanh() * 0.9), y),
     "argmax": lambda z, y: ce(z, y) + (z.argmax(-1) == y).float().mean(),
+    "broadcast_tensors": lambda z, y: (
+        torch.broadcast_tensors(_class(y), z.log_softmax(-1))[1].gather(1, _class(y)).mean()
+    ),
     "cast": lambda z, y: ce(z.float(), y),
     "chunk": lambda z, y: ce(z.chunk(2)[0], y[:12]),
     "clamp": lambda z, y: ce(z.clamp(-1, 1), y),
@@ -42,6 +45,7 @@ BY_RULE: dict[str, Loss] = {
     "detach": lambda z, y: ce(z, y) + z.detach().logsumexp(-1).mean(),
     "div": lambda z, y: ce(z / 2, y),
     "exp": lambda z, y: z.exp().sum(-1).log().sum(),
+    "expand": lambda z, y: ce(z.expand(24, V), y),
     "flatten": lambda z, y: ce(z.unflatten(0, (4, 6)).flatten(0, 1), y),
     "full_like": lambda z, y: -(z.log_softmax(-1) * torch.full_like(z, 0.1).scatter(1, _class(y), 0.9)).sum(-1).mean(),
     "gather": lambda z, y: z.log_softmax(-1).gather(1, _class(y)).mean(),

@@ -366,11 +366,18 @@ def test_grad_inside_the_compiled_function():
     compare(train)
 
 
-@pytest.mark.parametrize("package", [False, True], ids=["plain", "installed"])
+SILENT = pytest.mark.xfail(
+    torch.__version__ < "2.13",
+    strict=True,
+    reason="torch 2.11 sees a double backward only if a saved tensor requires a gradient, and dX and dW do not",
+)
+
+
+@pytest.mark.parametrize("package", ["", "recompute", pytest.param("auto", marks=SILENT)])
 def test_second_derivatives_are_an_error(package):
     """torch.compile has none either, and the message says so."""
     if package:
-        lce_inductor.install(min_logits_bytes=0)
+        lce_inductor.install(min_logits_bytes=0, gradients=package)
     x, w, y = head()
     loss = quick(loss_of)(x, w, y)
     (g,) = torch.autograd.grad(loss, x, create_graph=True)
