@@ -189,10 +189,8 @@ def _chunks(head: Any, known: Any, config: Any) -> str:
     tokens, hidden = numel_hint(known.shape[:-1]), size_hint(x.shape[-1]) if x is not None else 0
     value = head.node.meta.get("example_value", head.node.meta.get("val"))
     device = getattr(getattr(value, "device", None), "type", "cpu")
-    # Off the GPU a chunk is held in the statistics' dtype.
-    itemsize = known.dtype.itemsize if device == "cuda" else max(known.dtype.itemsize, 4)
     chunks = chunk_plan(
-        tokens, hidden, size_hint(head.num_classes), itemsize, config.chunk_tokens or 0,
+        tokens, hidden, size_hint(head.num_classes), known.dtype.itemsize, config.chunk_tokens or 0,
         config.workspace_bytes, device=device,
     )  # fmt: skip
     return f"{chunks.count} chunks of {chunks.rows} tokens"
