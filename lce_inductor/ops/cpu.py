@@ -268,7 +268,11 @@ class _Grads:
             torch.mm(dz, self.a.weight, out=self.dx[rows])
         if self.mask[1] and self.rounded:
             torch.mm(dz.t(), x, out=self.part)
-            self.dw.copy_(self.part) if self.first else self.dw.add_(self.part)
+            if self.first:
+                self.dw.copy_(self.part)
+            else:  # a sum of two dtypes makes a copy of the narrower: in pieces, a small one
+                for (_, dw), (_, part) in zip(_blocks(rows, self.dw), _blocks(rows, self.part)):
+                    dw.add_(part)
         elif self.mask[1]:
             wide = dz.t().to(self.dw.dtype), x.to(self.dw.dtype)
             torch.addmm(self.dw, *wide, beta=0 if self.first else 1, out=self.dw)
