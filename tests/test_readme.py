@@ -1,0 +1,114 @@
+"""The README does what it says: its Python runs, its commands exist, its numbers add up."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lce_inductor
+from lce_inductor.bench.__main__ import _parser
+from lce_inductor.config import Config
+from lce_inductor.ops.chunking import peak_bytes, plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [
+    line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.split("#")[0].strip()
+]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 37)
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(h), labels)
+
+
+def test_python_blocks() -> None:
+    """In the order in which they stand: install, compile, explain."""
+    args = (torch.randn(24, 8), torch.randint(0, 37, (24,)))
+    names: dict[str, object] = {"model": Model(), "args": args}
+    found = blocks("python")
+    assert [line for block in found for line in block.splitlines() if line and not line.startswith("import")] == [
+        "lce_inductor.install()",
+        "model = torch.compile(model)  # your model, your loss, your training loop",
+        "print(lce_inductor.explain(model)(*args))  # what you compile, and what you call it with",
+    ]
+    names["torch"] = torch
+    for block in found:
+        exec(block, names)
+    assert lce_inductor.is_installed()
+
+
+def test_every_command_is_known() -> None:
+    kinds = ("pip install .", "python3 -m venv", "python -m lce_inductor.bench", 'TORCH_LOGS="+lce_inductor" python')
+    assert COMMANDS and all(c.startswith(kinds) for c in COMMANDS), COMMANDS
+
+
+def test_files_and_extras_of_the_commands_exist() -> None:
+    named = re.findall(r"\b((?:examples|tests|lce_inductor)/[\w/]+\.py|tests/corpus)\b", README)
+    assert named and all((ROOT / name).exists() for name in named)
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
+    helpers = {"compare.py", "data.py", "gpt.py", "options.py", "step_memory.py", "summary.py"}
+    assert listed == {p.name for p in (ROOT / "examples").glob("*.py")} - helpers
+    extras = set(re.findall(r'"\.\[([\w,]+)\]"', README))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in project for names in extras for extra in names.split(","))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "lce_inductor.bench" in c])
+def test_benchmark_takes_these_flags(command: str) -> None:
+    """test_bench.py runs it; this is about what the README says."""
+    args = _parser().parse_args(shlex.split(command)[3:])
+    assert args is not None
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert flag in _parser().format_help(), flag
+
+
+def test_log_command(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, torch.nn.functional as F, lce_inductor\n"
+        "lce_inductor.install(min_logits_bytes=0)\n"
+        "step = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend='inductor')\n"
+        "step(torch.randn(24, 8), torch.randn(37, 8), torch.randint(0, 37, (24,)))\n"
+    )
+    env = {**os.environ, "TORCH_LOGS": "+lce_inductor", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "rewrote" in ran.stderr and "train.py:3" in ran.stderr
+
+
+def test_settings_table_has_every_field() -> None:
+    defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README.split("## Settings")[1], re.MULTILINE))
+    assert set(rows) == set(defaults)
+    written = {"64 MiB": 64 << 20, "1 GiB": 1 << 30, "None": None, '"auto"': "auto", '"defer"': "defer"}
+    assert {k: written[v.strip()] for k, v in rows.items()} == defaults
+
+
+def test_memory_worked_out() -> None:
+    N, H, V = 81920, 4096, 128256
+    p = plan(N, H, V, 2, 0, Config().workspace_bytes)
+    assert f"{N:,} × {V:,} × 2 bytes = {N * V * 2 / 2**30:.2f} GiB" in README
+    assert f"{p.rows:,} rows of {V:,} logits" in README
+    assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in README
+    assert f"dX ({N * H * 2 / 2**30:.2f} GiB)" in README.replace("\n", " ")
+    assert peak_bytes(p, N, H, V, 2, dx=True, dw=True) / 2**30 < 3.7
