@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
+from lce_inductor.chain import takes_lists
 
 Fn = Callable[..., object]
 
@@ -432,7 +433,10 @@ def test_joint_graph_after_the_merge(installed):
     compiled(x, w, y).backward()
     forward, backward = compiled.graphs
     assert forward.text.count("row_stats_with_grad") >= 1 and "row_stats_backward" not in forward.text
-    body = "\n".join(line.strip() for line in backward.text.splitlines() if "call_function" in line or "return" in line)
+    lines = [line.strip() for line in backward.text.splitlines() if "call_function" in line or "return" in line]
+    if not takes_lists():  # torch before 2.13 has a tie of the tangent to the weight, against second derivatives
+        assert "lce_inductor.once.default](args = (%tangents_1, %primals_2)" in lines.pop(0)
+    body = "\n".join(lines).replace("%once_default", "%tangents_1")
     assert_expected_inline(
         body,
         """\

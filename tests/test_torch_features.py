@@ -366,14 +366,7 @@ def test_grad_inside_the_compiled_function():
     compare(train)
 
 
-SILENT = pytest.mark.xfail(
-    torch.__version__ < "2.13",
-    strict=True,
-    reason="torch 2.11 sees a double backward only if a saved tensor requires a gradient, and dX and dW do not",
-)
-
-
-@pytest.mark.parametrize("package", ["", "recompute", pytest.param("auto", marks=SILENT)])
+@pytest.mark.parametrize("package", ["", "recompute", "auto"])
 def test_second_derivatives_are_an_error(package):
     """torch.compile has none either, and the message says so."""
     if package:

@@ -47,6 +47,7 @@ _lib.define(
     "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
     f"{_WITH_STATS}) -> {_STATS})"
 )
+_lib.define("once(Tensor tangent, Tensor leaf) -> Tensor")
 _lib.define(
     "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
     "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
@@ -227,7 +228,13 @@ def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError("lce_inductor has no second derivatives; torch.compile has none either")
 
 
+def _once(tangent: Tensor, leaf: Tensor) -> Tensor:
+    """The tangent, tied to a leaf that the backward has to save for it (see schedule/rewrite.py)."""
+    return tangent.clone()
+
+
 for _name, _real, _fake in (
+    ("once", _once, _once),
     ("row_stats", _row_stats, _fake_row_stats),
     ("row_stats_backward", _row_stats_backward, _fake_row_stats_backward),
     ("row_stats_with_grad", _row_stats_with_grad, _fake_row_stats_with_grad),

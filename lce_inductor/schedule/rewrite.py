@@ -10,6 +10,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..chain import takes_lists
 from .tangents import HEAD_ARGS, RowGradients
 
 aten = torch.ops.aten
@@ -47,17 +48,37 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     for result in merged.users:
         _must_save(result, merged)
 
+    tangent = found.tangent
+    leaf = None if takes_lists() else _leaf(merged.args[1] if mask[1] else merged.args[0])  # type: ignore[index]
+    if leaf is not None:
+        with graph.inserting_before(backward):
+            tangent = _Writer(graph, None).call(ops.once.default, tangent, leaf)
     for user in list(backward.users):
         index = user.args[1]
         with graph.inserting_before(user):
             gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))  # type: ignore[operator]
             gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]  # type: ignore[operator]
             _must_save(gradient, merged)
-            wide, out = _scaled(graph, gradient, found.tangent, scale, user)
+            wide, out = _scaled(graph, gradient, tangent, scale, user)
         user.replace_all_uses_with(out)
         graph.erase_node(user)
         _skip_rounding(out, wide)
     graph.erase_node(backward)
+
+
+def _leaf(differentiated: Any) -> Node | None:
+    """The input of the graph behind a weight (or x) that takes a gradient.
+
+    Before torch 2.13, AOTAutograd knows a second derivative by what the backward has saved: only if that takes a
+    gradient does it raise. Our dX and dW do not, so one such input has to be among it.
+    """
+    todo = [differentiated]
+    while todo:
+        node = todo.pop(0)
+        if node.op == "placeholder" and node.meta["val"].is_floating_point():
+            return node  # type: ignore[no-any-return]
+        todo += node.all_input_nodes
+    return None
 
 
 def _must_save(node: Node, source: Node) -> None:
