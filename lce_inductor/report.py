@@ -207,14 +207,14 @@ def _bare(head: Any, refusal: Any) -> HeadRecord:
 def _wide(plan: Any) -> bool:
     """A linear without a loss is news only if its output could be logits: wide, and not a layer of the body.
 
-    The layers of a transformer's body widen at most about eightfold, and an activation of this graph reads them.
+    The layers of a transformer's body widen at most about eightfold, and what they give is not returned.
     """
     from .recognize.values import info, size_hint
 
     x = info(plan.head.x)
     hidden = size_hint(x.shape[-1]) if x is not None else 0
     classes = size_hint(plan.head.num_classes)
-    return bool(classes >= 32000 or (plan.returned and classes > 5 * hidden))
+    return bool(classes >= 32000 or classes > (5 if plan.returned else 8) * hidden)
 
 
 def _losses_left(graph: Any, plans: list[Any]) -> tuple[dict[int, list[Any]], list[tuple[Any, Any]]]:
