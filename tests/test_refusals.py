@@ -51,11 +51,23 @@ CASES: dict[str, dict[str, Fn]] = {
         "integer logits": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.to(torch.int64).sum())(F.linear(x, w)),
         "alpha": lambda x, w, y: F.cross_entropy(torch.add(F.linear(x, w), w.sum(1), alpha=2), y),
         "columns by index": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z[:, y.clamp(min=0)].sum())(F.linear(x, w)),
+        "nothing but masked classes": lambda x, w, y: F.cross_entropy(
+            F.linear(x, w).masked_fill(torch.arange(V) > 29, -1e9)[:, 30:], y.clamp(max=6)
+        ),
         "rows repeated": lambda x, w, y: F.cross_entropy(F.linear(x, w)[:1].expand(len(y), -1), y),
         "trained class weights": lambda x, w, y: -(F.log_softmax(F.linear(x, w), -1) * w.sum(1)).sum(-1).mean(),
         "branch": lambda x, w, y: F.cross_entropy(torch.where(x.sum() > 0, F.linear(x, w), 0.0), y),
     },
     "mutated": {
+        "offset after its use": lambda x, w, y: (
+            lambda z, r: (lambda z: (r.add_(1), z.gather(-1, y.clamp(min=0)[:, None]).sum())[1])(z - r)
+        )(F.linear(x, w), x.detach().sum(-1, keepdim=True)),
+        "bias after its use": lambda x, w, y: (
+            lambda z, c: (lambda z: (c.mul_(2), F.cross_entropy(z, y))[1])(z + c)
+        )(F.linear(x, w), w.detach().sum(1)),
+        "one-hot labels after their use": lambda x, w, y: (
+            lambda p, t: (lambda q: (t.fill_(1), q.sum(-1).sum())[1])(F.one_hot(t, V) * p)
+        )(F.linear(x, w).log_softmax(-1), y.clamp(min=0)),
         "columns": lambda x, w, y: (lambda z: (z[:, 3:].fill_(0.0), F.cross_entropy(z, y))[1])(F.linear(x, w)),
         "row": lambda x, w, y: (lambda z: (z[0].zero_(), F.cross_entropy(z, y))[1])(F.linear(x, w)),
         "clamp": lambda x, w, y: (lambda z: (z.clamp_(-1, 1), F.cross_entropy(z, y))[1])(F.linear(x, w)),

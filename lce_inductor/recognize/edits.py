@@ -43,8 +43,8 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
                 return None
             hidden = edit.args[-1]
             inputs.append((edit, 1.0))
-        elif hidden is not None and math.isfinite(hidden) and edit.name != "classes":
-            return None  # changes the number
+        elif hidden is not None and math.isfinite(hidden):
+            return None  # changes the number, or leaves nothing but masked classes
         elif edit.name == "classes":
             start, stop = edit.args
             classes = stop - start

@@ -213,6 +213,21 @@ class Parts:
 Form = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Spread, Parts]
 
 
+def captured(form: Any) -> list[Any]:
+    """What a form reads beside the logits: offsets, biases, scales, masks, indices."""
+    if isinstance(form, ClassMap):
+        return [*(o.node for o in form.offset), *(a for e in form.edits for a in e.args)]
+    parts: dict[type, Callable[[Any], list[Any]]] = {
+        Product: lambda f: [*captured(f.probs), *captured(f.values)],
+        OneHot: lambda f: [f.index, f.weight],
+        OneHotProduct: lambda f: [*captured(f.values), *captured(f.hot)],
+        Squared: lambda f: captured(f.base),
+        Spread: lambda f: [f.index],
+        Parts: lambda f: [ref for item in f.items for ref in captured(item)],
+    }
+    return parts[type(form)](form)
+
+
 @dataclasses.dataclass(frozen=True)
 class Want:
     """A statistic that a terminal needs: a bit of ops.types; for TARGET the index per row and the value of it

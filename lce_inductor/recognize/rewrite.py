@@ -173,8 +173,13 @@ class _Head:
         """The logits at `target`, a masked one what it was set to: nothing but the mask has a gradient there."""
         if self.masked is None:
             return stat
-        masked = self.call(aten.index.Tensor, self.masked, [self.call(aten.clamp.default, target, 0)])
-        masked = self.call(aten.logical_and.default, masked, self.call(aten.ge.Scalar, target, 0))
+        inside = self.call(
+            aten.logical_and.default,
+            self.call(aten.ge.Scalar, target, 0),
+            self.call(aten.lt.Scalar, target, self.num_classes()),
+        )
+        index = self.call(aten.where.ScalarOther, inside, target, 0)  # an ignored label may lie anywhere
+        masked = self.call(aten.logical_and.default, self.call(aten.index.Tensor, self.masked, [index]), inside)
         return self.call(
             aten.masked_fill.Scalar, stat, self.call(aten.view_as.default, masked, stat), self.masked_value
         )

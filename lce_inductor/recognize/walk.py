@@ -13,7 +13,7 @@ from ..reasons import Refusal, refuse
 from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
 from .canon import canonical
 from .effects import Effects
-from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal
+from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal, captured
 from .rules_head import head_of, ref_info
 from .rules_in_place import in_place
 from .values import info, numel_hint
@@ -51,6 +51,7 @@ class Walk:
         self.effects = Effects(graph)
         self.forms: dict[Node, Form] = {}
         self.plans: dict[Node, HeadPlan] = {}
+        self.captured: list[tuple[Node, Node, Head]] = []  # what a form read beside logits, where, for which head
         self.logsumexps: dict[Node, ClassMap] = {}  # nodes that are the logsumexp of a form
         self.dead = _dead(graph, self.effects)
 
@@ -66,6 +67,7 @@ class Walk:
                 self._write(node)
             else:
                 self._read(node)
+        self._check_captured()
         return list(self.plans.values())
 
     def _read(self, node: Node) -> None:
@@ -105,6 +107,18 @@ class Walk:
         if isinstance(form, Product) and self.effects.grad_off(node):
             form = dataclasses.replace(form, probs=form.probs.detach(), values=form.values.detach())
         self.forms[node] = form
+        self._capture(node, form)
+
+    def _capture(self, node: Node, form: Form) -> None:
+        self.captured += [(ref, node, form.head) for ref in captured(form) if isinstance(ref, Node)]
+
+    def _check_captured(self) -> None:
+        """A form stands for values at its own node; what replaces a loss reads them later."""
+        order = self.effects.order
+        for ref, node, head in self.captured:
+            changed = (w for w in self.effects.writes if order[w] > order[node] and self.effects.may_write(w, ref))
+            if (write := next(changed, None)) is not None and self.plans[head.node].refusal is None:
+                self.plans[head.node].refusal = refuse("mutated", write)
 
     def _refuse(self, form: Form, refusal: Refusal) -> None:
         for head in {i.head for i in form.items} if isinstance(form, Parts) else {form.head}:
@@ -120,6 +134,7 @@ class Walk:
         changed = in_place(self, node, target, touched) if known else None
         if changed is not None:
             self.forms.update(changed)
+            self._capture(node, changed[target])
             self.plans[changed[target].head.node].writes.append(node)
             if info(node) is not None:
                 self.forms[node] = changed[target]
