@@ -6,6 +6,8 @@
     python -m lce_inductor.bench --sweep V=32768,65536,131072,262144 --csv out.csv --plot out
     python -m lce_inductor.bench --list                              heads, implementations, what is installed
 
+Whole models instead of heads: python -m lce_inductor.bench.models --help
+
 What is measured: the loss of `x [N, H]`, `weight [V, H]`, `target [N]` and, unless --forward-only, its gradients dX
 and dW. One row in 16 of the targets is ignored. `--peaked` makes the logits look like those of a trained model: the
 target's is 10 to 20 above the others, in place of standard normal ones.

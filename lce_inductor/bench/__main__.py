@@ -10,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from . import __doc__ as documentation
 from . import plots, table
+from .arguments import converter, device_name, kind, positive_integer, present
 from .implementations import IMPLEMENTATIONS, available
 from .measure import FAILED, FLOOR, WRONG, Job, Row, measure_isolated
 from .reference import DTYPES
@@ -26,14 +26,12 @@ DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 REPS = {"cpu": 5, "cuda": 9}
 
-T = TypeVar("T")
-
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the arguments ask for; 1 if a row was wrong or failed, 2 for bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
-    device = _present(parser, args.device)
+    device = present(parser, args.device)
     if args.list:
         print("\n".join(_listing(device)))
         return 0
@@ -48,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
     first = Job(
         impls[0],
         Shape(1, 1, 1),
-        dtype=args.dtype or DEFAULT_DTYPES[_kind(device)],
+        dtype=args.dtype or DEFAULT_DTYPES[kind(device)],
         device=device,
         reduction=args.reduction,
         forward_only=args.forward_only,
         peaked=args.peaked,
-        reps=args.reps or REPS[_kind(device)],
+        reps=args.reps or REPS[kind(device)],
         with_floor=FLOOR in impls,
     )
     shapes = list(dict.fromkeys(shape for _, part in groups for shape in part))
@@ -80,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _groups(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str) -> list[tuple[str, list[Shape]]]:
     """Shapes to measure, by the dimension that is swept ("" if none is)."""
-    tokens = args.tokens or DEFAULT_TOKENS[_kind(device)]
+    tokens = args.tokens or DEFAULT_TOKENS[kind(device)]
     bases = list(args.shape) + [Shape(tokens, *HEADS[name]) for name in args.head]
-    bases = bases or [DEFAULT_SHAPES[_kind(device)]]
+    bases = bases or [DEFAULT_SHAPES[kind(device)]]
     if not args.sweep:
         if args.plot is not None:
             parser.error("--plot draws a sweep: add --sweep, such as --sweep V=32768,65536,131072")
@@ -98,14 +96,14 @@ def _groups(parser: argparse.ArgumentParser, args: argparse.Namespace, device: s
 def _impls(parser: argparse.ArgumentParser, text: str | None, device: str) -> list[str]:
     """Names in the order asked for; without any, all that can run here."""
     if text is None:
-        return [FLOOR, *available(_kind(device))]
+        return [FLOOR, *available(kind(device))]
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name == FLOOR:
             continue
         if name not in IMPLEMENTATIONS:
             parser.error(f"--impl {name}: must be of {', '.join([FLOOR, *IMPLEMENTATIONS])}")
-        obstacle = IMPLEMENTATIONS[name].obstacle(_kind(device))
+        obstacle = IMPLEMENTATIONS[name].obstacle(kind(device))
         if obstacle:
             parser.error(f"--impl {name}: {obstacle}")
     return names
@@ -115,24 +113,10 @@ def _listing(device: str) -> Iterator[str]:
     yield "implementations"
     yield f"  {FLOOR:<24}the bare matrix products"
     for name, entry in IMPLEMENTATIONS.items():
-        yield f"  {name:<24}{entry.obstacle(_kind(device)) or entry.version() or 'torch ' + torch.__version__}"
+        yield f"  {name:<24}{entry.obstacle(kind(device)) or entry.version() or 'torch ' + torch.__version__}"
     yield "heads                     H       V"
     for name, (hidden, vocabulary) in HEADS.items():
         yield f"  {name:<20}{hidden:>8}{vocabulary:>8}"
-
-
-def _present(parser: argparse.ArgumentParser, text: str) -> str:
-    """The device by its full name, with an index if it is one of several."""
-    if text == "cpu" or (text == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    index = int(text.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
-        parser.error(f"--device {text}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} of them")
-    return f"cuda:{index}"
-
-
-def _kind(device: str) -> str:
-    return device.partition(":")[0]
 
 
 @contextlib.contextmanager
@@ -162,15 +146,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to measure")
-    shape = _type(parse_shape)
+    shape = converter(parse_shape)
     what.add_argument("--shape", type=shape, action="append", default=[], metavar="NxHxV", help="may be repeated")
     what.add_argument(
         "--head", choices=HEADS, action="append", default=[], metavar="NAME", help="of --list; may be repeated"
     )
-    what.add_argument("--tokens", type=_type(_integer), metavar="N", help="N of --head (cpu 2048, cuda 16384)")
+    what.add_argument(
+        "--tokens", type=converter(positive_integer), metavar="N", help="N of --head (cpu 2048, cuda 16384)"
+    )
     what.add_argument(
         "--sweep",
-        type=_type(parse_sweep),
+        type=converter(parse_sweep),
         action="append",
         default=[],
         metavar="V=A,B,...",
@@ -179,42 +165,19 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--impl", metavar="A,B,...", help="of --list (default: all that can run here)")
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", choices=DTYPES, help="(default: cpu float32, cuda bfloat16)")
-    how.add_argument("--device", type=_type(_device), default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    how.add_argument(
+        "--device", type=converter(device_name), default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     how.add_argument("--reduction", choices=("mean", "sum", "none"), default="mean", help="(default: mean)")
     how.add_argument("--forward-only", action="store_true", help="the loss under no_grad")
     how.add_argument("--peaked", action="store_true", help="logits as of a trained model")
-    how.add_argument("--reps", type=_type(_integer), metavar="INT", help="steps timed (cpu 5, cuda 9)")
+    how.add_argument("--reps", type=converter(positive_integer), metavar="INT", help="steps timed (cpu 5, cuda 9)")
     how.add_argument("--timeout", type=float, metavar="S", help="give up on a row after so many seconds")
     out = parser.add_argument_group("output")
     out.add_argument("--csv", type=Path, metavar="FILE", help="also write every figure")
     out.add_argument("--plot", type=Path, metavar="PREFIX", help="write PREFIX-N.png, -H, -V of each sweep")
     out.add_argument("--list", action="store_true", help="show heads and implementations, and stop")
     return parser
-
-
-def _type(convert: Callable[[str], T]) -> Callable[[str], T]:
-    """A converter whose ValueError argparse shows as it is."""
-
-    def wrapped(text: str) -> T:
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return wrapped
-
-
-def _integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r}: must be an integer >= 1")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    kind, _, index = text.partition(":")
-    if text in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
-        return text
-    raise ValueError(f"{text!r}: must be auto, cpu, cuda or cuda:N")
 
 
 if __name__ == "__main__":

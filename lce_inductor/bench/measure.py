@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .implementations import IMPLEMENTATIONS, NotApplied
-from .reference import DTYPES, ERROR_LIMITS, Inputs, bare_products, make_inputs, reference, relative_error
+from .reference import DTYPES, ERROR_LIMITS, bare_products, make_inputs, reference, relative_error
 from .shapes import Shape
 
 FLOOR = "floor"
@@ -82,39 +82,62 @@ def measure(job: Job) -> Row:
     """Measure in this process. Whatever the implementation raises becomes the row's status."""
     try:
         return _floor_row(job) if job.impl == FLOOR else _row(job)
-    except NotApplied as error:
-        return Row(job, FAILED, str(error))
     except Exception as error:
-        if _is_out_of_memory(error):
-            return Row(job, OUT_OF_MEMORY)
-        # The first line of a compiler's error only says whose error follows.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Row(job, FAILED, f"{type(error).__name__}: {' '.join(lines[:2])}")
+        return Row(job, *failure(error))
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and detail of a row that this ended."""
+    if isinstance(error, NotApplied):
+        return FAILED, str(error)
+    if _is_out_of_memory(error):
+        return OUT_OF_MEMORY, ""
+    # The first line of a compiler's error only says whose error follows.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return FAILED, f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 def measure_isolated(job: Job, cache_dir: Path, timeout_s: float | None = None) -> Row:
     """Measure in a new process, whose end by the system or by a crash is a row as well."""
+    return Row(job, **run_isolated(__name__, job, cache_dir, timeout_s))
+
+
+def run_isolated(module: str, job: Any, cache_dir: Path, timeout_s: float | None = None) -> dict[str, Any]:
+    """Give a job, a dataclass, to `python -m module JOB RESULT` and return what it writes to the file RESULT.
+
+    Without a result, a status and a detail that say how the process ended.
+    """
     with tempfile.TemporaryDirectory(prefix="lce_bench_") as folder:
         result, log = Path(folder) / "row.json", Path(folder) / "log.txt"
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache_dir), "KINETO_LOG_LEVEL": "99"}
-        command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(job)), str(result)]
+        command = [sys.executable, "-m", module, json.dumps(dataclasses.asdict(job)), str(result)]
+        late = {"status": FAILED, "detail": f"no result after {timeout_s:g} s"} if timeout_s is not None else {}
         with log.open("w") as output:
             try:
                 code = subprocess.run(
                     command, env=environment, stdout=output, stderr=output, timeout=timeout_s
                 ).returncode
             except subprocess.TimeoutExpired:
-                return Row(job, FAILED, f"no result after {timeout_s:g} s")
+                return json.loads(result.read_text()) if result.exists() else late
         if result.exists():
-            return Row(job, **json.loads(result.read_text()))
+            return json.loads(result.read_text())
         if code == -signal.SIGKILL:
-            return Row(job, OUT_OF_MEMORY, "killed, as the system does when memory runs out")
+            return {"status": OUT_OF_MEMORY, "detail": "killed, as the system does when memory runs out"}
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return Row(job, FAILED, f"exit code {code}: {' '.join(last)}")
+        return {"status": FAILED, "detail": f"exit code {code}: {' '.join(last)}"}
+
+
+def write_result(path: Path, row: Any) -> None:
+    """What run_isolated reads: a row without its job. Renamed at the end, since the reader may come at any time."""
+    fields = dataclasses.asdict(row)
+    del fields["job"]
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(fields))
+    unfinished.replace(path)
 
 
 def _row(job: Job) -> Row:
-    dtype, device = DTYPES[job.dtype], _device(job)
+    dtype, device = DTYPES[job.dtype], current_device(job.device)
     entry = IMPLEMENTATIONS[job.impl]
     if job.reduction not in entry.reductions:
         raise NotApplied(f"has no reduction {job.reduction!r}")
@@ -131,7 +154,7 @@ def _row(job: Job) -> Row:
 
     start = time.perf_counter()
     value = step()
-    _finish(device)
+    finish(device)
     known: dict[str, Any] = {"first_s": time.perf_counter() - start}
     if entry.idle():
         raise NotApplied(entry.idle())
@@ -149,7 +172,7 @@ def _row(job: Job) -> Row:
         return Row(job, WRONG, f"error above {ERROR_LIMITS[job.dtype]:.0e}", **known)
     del value, found, exact
 
-    known["added_bytes"] = peak_added(step, inputs, device)
+    known["added_bytes"] = peak_added(step, inputs.clear, device)
     floor = bare_products(job.shape, dtype, device, job.forward_only) if job.with_floor else None
     times: list[float] = []
     floor_times: list[float] = []
@@ -163,24 +186,24 @@ def _row(job: Job) -> Row:
 
 
 def _floor_row(job: Job) -> Row:
-    device = _device(job)
+    device = current_device(job.device)
     step = bare_products(job.shape, DTYPES[job.dtype], device, job.forward_only)
     step()
     ms = statistics.median(timed_ms(step, device) for _ in range(job.reps))
     return Row(job, OK, ms=ms, floor_ms=ms)
 
 
-def peak_added(step: Callable[[], object], inputs: Inputs, device: torch.device) -> int:
-    """Most bytes that one step holds above the inputs; the gradients of an earlier step are cleared before."""
-    inputs.clear()
+def peak_added(step: Callable[[], object], clear: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that one step holds above what is there; `clear` drops an earlier step's gradients before."""
+    clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        _finish(device)
+        finish(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        _finish(device)
+        finish(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
@@ -206,15 +229,15 @@ def timed_ms(step: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last)
 
 
-def _device(job: Job) -> torch.device:
-    """The job's device, made the current one: events and Triton's kernels go there."""
-    device = torch.device(job.device)
+def current_device(name: str) -> torch.device:
+    """The device of that name, made the current one: events and Triton's kernels go there."""
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -227,9 +250,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _worker(job: str, result: str) -> None:
-    row = dataclasses.asdict(measure(Job.from_json(job)))
-    del row["job"]
-    Path(result).write_text(json.dumps(row))
+    write_result(Path(result), measure(Job.from_json(job)))
 
 
 if __name__ == "__main__":

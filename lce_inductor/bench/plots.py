@@ -1,8 +1,8 @@
-"""Pictures of a sweep: time and added memory over one dimension."""
+"""Pictures: time and added memory over one dimension of a sweep, and as bars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,35 @@ def draw(path: Path, dimension: str, rows: Sequence[Row], caption: str) -> None:
         panels[0].legend(loc="upper left", fontsize=9)
     if any(row.status == OUT_OF_MEMORY for row in rows):
         panels[1].annotate("x: out of memory", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8)
+    figure.suptitle(caption, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def draw_bars(
+    path: Path, groups: Mapping[str, Sequence[tuple[str, float | None, float | None, str]]], caption: str
+) -> None:
+    """Write a PNG with a line of two panels for each group, whose entries are (name, ms, GiB, status).
+
+    A bar without a figure has its status written in its place.
+    """
+    from matplotlib.figure import Figure
+
+    height = sum(0.32 * len(entries) + 0.9 for entries in groups.values()) + 0.6
+    figure = Figure(figsize=(12, height), layout="constrained")
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    for line, (title, entries) in zip(panels, groups.items()):
+        for axes, column, label in zip(line, (1, 2), ("time of a step (ms)", "memory added by a step (GiB)")):
+            values = [entry[1] if column == 1 else entry[2] for entry in entries]
+            highest = max((value or 0.0 for value in values), default=0.0) or 1.0
+            for i, (entry, value) in enumerate(zip(entries, values)):
+                axes.barh(i, value or 0.0, color="#0b62c4" if entry[0] == "lce_inductor" else "#b0b0b0", height=0.7)
+                text = entry[3] if value is None else f"{value:,.4g}"
+                axes.text((value or 0.0) + 0.01 * highest, i, text, va="center", fontsize=8)
+            axes.set_yticks(range(len(entries)), [entry[0] for entry in entries])
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.15 * highest)
+            axes.set_title(f"{title}: {label}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption, fontsize=9)
     figure.savefig(path, dpi=130)
 

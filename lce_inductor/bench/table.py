@@ -6,6 +6,7 @@ import csv
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,10 +73,14 @@ def cells(row: Row) -> list[str]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the rows of one shape: names and notes to the left, numbers to the right."""
-    lines = [HEADINGS, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    print(f"\n{title(rows[0])}")
+    """Print the rows of one shape."""
+    print_columns(title(rows[0]), [HEADINGS, *map(cells, rows)])
+
+
+def print_columns(title: str, lines: Sequence[Sequence[str]]) -> None:
+    """Names and notes to the left, what is between to the right; the first line has the headings."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    print(f"\n{title}")
     for name, *numbers, note in lines:
         right = (number.rjust(width) for number, width in zip(numbers, widths[1:]))
         print("  ".join((name.ljust(widths[0]), *right, note)).rstrip(), flush=True)
@@ -83,11 +88,17 @@ def show(rows: Sequence[Row]) -> None:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Every row and figure, with versions and hardware; an empty field was not measured."""
+    shapes = ({name: getattr(row.job.shape, name) for name in DIMENSIONS} for row in rows)
+    values = ({**vars(row.job), **vars(row), **shape} for row, shape in zip(rows, shapes))
+    write_fields(path, CSV_FIELDS, values, rows[0].job.device)
+
+
+def write_fields(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]], device: str) -> None:
+    """Write the fields of each row; those named torch and hardware are this machine's."""
+    run = {"torch": torch.__version__, "hardware": hardware(device)}
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(CSV_FIELDS)
+        writer.writerow(fields)
         for row in rows:
-            shape = {name: getattr(row.job.shape, name) for name in DIMENSIONS}
-            run = {"torch": torch.__version__, "hardware": hardware(row.job.device)}
-            values = {**vars(row.job), **vars(row), **shape, **run}
-            writer.writerow(["" if values[name] is None else values[name] for name in CSV_FIELDS])
+            values = {**row, **run}
+            writer.writerow(["" if values[name] is None else values[name] for name in fields])
