@@ -154,6 +154,50 @@ def test_short_example(
     assert with_pass["step_bytes"][-1] == pytest.approx(0, abs=4096)
 
 
+def test_loss_curves(
+    load: Callable[[str], ModuleType],
+    without_codegen: None,
+    token_cache: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    picture, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
+    paths = ["--cache-dir", str(token_cache), "--out", str(picture), "--json", str(numbers)]
+    loss_curves = load("loss_curves")
+    code = loss_curves.main([*SMALL.split(), *paths])
+    shown = capfd.readouterr()
+    assert code == 0, shown.out + shown.err
+    assert picture.read_bytes().startswith(PNG_SIGNATURE) and picture.stat().st_size > 10_000
+    without, with_pass, other = (loss_curves.Curve(**curve) for curve in json.loads(numbers.read_text()))
+    for name in ("without", "with lce_inductor", "another seed"):
+        assert name in shown.out
+    assert len(without.losses) == 8 and without.losses != other.losses
+    torch.testing.assert_close(torch.tensor(with_pass.losses), torch.tensor(without.losses), rtol=1e-5, atol=0)
+    assert with_pass.finally_apart(without) < other.finally_apart(without)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rewritten", "message"),
+    [
+        ([5.0, 4.0, 3.0, 2.0], 0, "rewrote nothing"),
+        ([5.0, 4.0, 3.0, 2.3], 1, "parts the losses by 3.0e-01, another seed by 2.0e-01"),
+        ([2.0, 3.0, 4.0, 5.0], 1, "with: the loss did not fall"),
+        ([5.0, 4.0, 3.0, float("nan")], 1, "with: a loss is not finite"),
+        ([5.0, 4.0, 3.0, 2.1], 1, ""),
+    ],
+)
+def test_parted_curves_are_loud(
+    load: Callable[[str], ModuleType], losses: list[float], rewritten: int, message: str
+) -> None:
+    module = load("loss_curves")
+    without, with_pass, other = (
+        module.Curve(name, values, 1.0, None)
+        for name, values in (("without", [5.0, 4.0, 3.0, 2.0]), ("with", losses), ("other", [5.0, 4.0, 3.0, 1.8]))
+    )
+    found = module.problems(without, with_pass, other, rewritten)
+    assert message in " ".join(found) if message else not found
+
+
 def test_ddp_on_two_processes(token_cache: Path, tmp_path: Path) -> None:
     """As its docstring starts it, with code generation: one table, and one picture."""
     picture = tmp_path / "ddp.png"
@@ -166,9 +210,9 @@ def test_ddp_on_two_processes(token_cache: Path, tmp_path: Path) -> None:
 
 
 def test_every_example_is_run() -> None:
-    """A file that can be started is in the table above, or is train_gpt.py."""
+    """A file that can be started is in the table above, or has a test of its own."""
     started = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8")}
-    assert started == {*SHORT_EXAMPLES, "train_gpt"}
+    assert started == {*SHORT_EXAMPLES, "loss_curves", "train_gpt"}
 
 
 @pytest.mark.parametrize(
