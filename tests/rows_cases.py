@@ -232,6 +232,21 @@ def check_not_finite(device: str) -> None:
         torch.testing.assert_close(db.double().cpu(), p, rtol=1e-5, atol=1e-7, equal_nan=True, msg=f"row {n} db")
 
 
+def check_masked_classes(device: str) -> None:
+    """A class of bias -inf gets no gradient from the softmax, not even beside a row gradient that is not finite."""
+    a, _ = make(Case(bias=True), device)
+    hidden = torch.arange(a.weight.shape[0], device=device) % 5 == 4
+    a.bias[hidden] = -torch.inf
+    found = cuda.forward(a, LSE | NEG_ENTROPY)
+    grads = RowGrads(lse=torch.full((len(a.x),), torch.inf, device=device))
+    for _, dw, db in (
+        cuda.with_grad(a, LSE, grads, (True,) * 3)[1:],
+        cuda.backward(a, found.lse, None, grads, (True,) * 3),
+    ):
+        assert not db[hidden].any() and not db[~hidden].isfinite().any()
+        assert not dw[hidden].any() and not dw[~hidden].isfinite().any()
+
+
 def check_padding(device: str) -> None:
     """What lies between V and the row stride is never taken in, and statistics alone write no logit."""
     from lce_inductor.kernels import rows

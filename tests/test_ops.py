@@ -135,6 +135,19 @@ def test_entropy_does_not_cancel(scale):
         assert rows_cases.error(found, exact) <= 1.25 * rows_cases.error(plain, exact) + 1e-6
 
 
+def test_masked_classes_get_no_gradient_beside_infinite_ones():
+    """As masked_fill gives them none, where probability zero times an infinite row gradient would be NaN."""
+    a, _ = rows_cases.make(Case(bias=True), "cpu")
+    hidden = torch.arange(a.weight.shape[0]) % 5 == 4
+    a.bias[hidden] = -torch.inf
+    found = row_stats(a, LSE)
+    g = RowGrads(lse=torch.full((len(a.x),), torch.inf))
+    mask = (True, True, True)
+    for _, dw, db in (with_grad(a, LSE, g, mask)[-3:], backward(a, found, g, mask)):
+        assert not db[hidden].any() and not db[~hidden].isfinite().any()
+        assert not dw[hidden].any() and not dw[~hidden].isfinite().any()
+
+
 def test_max_needs_argmax_for_its_gradient():
     x, weight, _ = head()
     maximum = ops.row_stats(x, weight, None, None, None, "", MAX, 0, BUDGET)[4]

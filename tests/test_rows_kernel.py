@@ -20,7 +20,7 @@ if INTERPRETED:
     def test_against_fp64(case):
         rows_cases.check(case, "cpu", FACTOR)
 
-    @pytest.mark.parametrize("name", ["only_what_was_asked", "not_finite", "padding", "ties"])
+    @pytest.mark.parametrize("name", ["only_what_was_asked", "not_finite", "masked_classes", "padding", "ties"])
     def test_special(name):
         getattr(rows_cases, f"check_{name}")("cpu")
 

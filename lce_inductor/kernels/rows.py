@@ -266,6 +266,8 @@ def rows_kernel(
                 g_lse += tl.load(g_lse_ptr + n * stride_gl).to(ACC)
             if g_slope_ptr is not None:
                 g_lse += tl.load(g_slope_ptr + n * stride_gs).to(ACC) * (lse_high + lse_low)
+            # Masked classes have no gradient, where probability zero times an infinite factor would be NaN.
+            hidden = tl.where(tl.abs(lse_high + lse_low) < float("inf"), float("-inf"), float("nan"))
         if g_neg_entropy_ptr is not None:
             if not NEG_ENTROPY:
                 neg_entropy = tl.load(neg_entropy_ptr + n)
@@ -282,6 +284,8 @@ def rows_kernel(
                 if g_neg_entropy_ptr is not None:
                     factor = g_lse + g_neg_entropy * (log_p - neg_entropy)
                 d = tl.exp(log_p) * factor
+                if bias_ptr is not None:
+                    d = tl.where(y == hidden, 0.0, d)
             if g_sum_ptr is not None:
                 if class_weight_ptr is not None:
                     d += g_sum * tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0).to(ACC)

@@ -55,7 +55,7 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
         for part, block in _blocks(rows, z):
             y, slope = apply_with_slope(a.epilogue, _wide(a, block))
             found = None if neg_entropy is None else neg_entropy[part]
-            out.put(block, _dz(a, part, y, slope, lse[part], found, grads))
+            out.put(block, _dz(a, part, y, slope, lse[part], found, grads, out.hidden))
         out.add(rows, z)
     return out.result()
 
@@ -72,10 +72,10 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
             y, slope = apply_with_slope(a.epilogue, _wide(a, block))
             if stats & NEG_ENTROPY:
                 rows_out.fill(part, y)
-                dz = _dz(a, part, y, slope, found.lse[part], found.neg_entropy[part], grads)
+                dz = _dz(a, part, y, slope, found.lse[part], found.neg_entropy[part], grads, out.hidden)
             else:  # one exponential serves the statistics and the gradient
                 total = rows_out.fill_and_exp(part, y)
-                dz = _dz(a, part, y, slope, found.lse[part], None, grads, total)
+                dz = _dz(a, part, y, slope, found.lse[part], None, grads, out.hidden, total)
             out.put(block, dz)
         out.add(rows, z)
     kept = (value if asked & (1 << i) else value.new_empty(0) for i, value in enumerate(found))
@@ -195,6 +195,16 @@ def _minus(y: Tensor, lse: Tensor) -> Tensor:
     return y.sub_(rest[:, None])
 
 
+def _hidden(a: HeadArgs) -> Tensor | None:
+    """The classes whose bias is -inf, as masks have it; None where there are none.
+
+    Their probability is zero, and zero times a row gradient that is not finite is NaN. Eager selects instead:
+    masked_fill gives masked logits a gradient of zero.
+    """
+    hidden = None if a.bias is None else a.bias.isneginf().nonzero()[:, 0]
+    return hidden if hidden is not None and len(hidden) else None
+
+
 def _check_target(target: Tensor, classes: int) -> None:
     """As eager on the CPU: an IndexError that names the first bad target."""
     bad = (target >= classes) | ((target < 0) & (target != NO_TARGET))
@@ -210,10 +220,11 @@ def _dz(
     lse: Tensor,
     neg_entropy: Tensor | None,
     grads: RowGrads,
+    hidden: Tensor | None,
     total: Tensor | None = None,
 ) -> Tensor:
     """Gradient of a block of logits, in the dtype of y. y may be overwritten; with `total` it holds exponentials
-    of that sum already."""
+    of that sum already. `hidden`: see _hidden."""
     g_lse = None if grads.lse is None else grads.lse[rows].to(y.dtype)
     if grads.lse_slope is not None:
         sloped = (grads.lse_slope[rows] * lse).to(y.dtype)
@@ -230,7 +241,10 @@ def _dz(
     elif g_lse is not None:
         d = _minus(y, lse).exp_().mul_(g_lse[:, None])
     else:
-        d = torch.zeros_like(y)
+        d, hidden = torch.zeros_like(y), None
+    if hidden is not None:
+        spoilt = (d[:, hidden[0]].isnan() & lse.isfinite()).nonzero()
+        d[spoilt, hidden] = 0
     if grads.target is not None and a.target is not None:
         index = a.target[rows]
         d.scatter_add_(1, index.clamp(min=0), torch.where(index >= 0, grads.target[rows], 0))
@@ -246,7 +260,7 @@ class _Grads:
     """Accumulates dX by rows, dW and db over chunks; a gradient that is not needed costs no product."""
 
     def __init__(self, a: HeadArgs, mask: Mask, dtype: torch.dtype, chunks: int) -> None:
-        self.a, self.mask, self.dtype = a, mask, dtype
+        self.a, self.mask, self.dtype, self.hidden = a, mask, dtype, _hidden(a)
         wide = stat_dtype(a.x)
         self.dx = torch.empty_like(a.x, memory_format=torch.contiguous_format) if mask[0] else a.x.new_empty(0)
         self.dw = a.x.new_empty(a.weight.shape if mask[1] else (0,), dtype=wide)
