@@ -89,6 +89,8 @@ def check(p: Program) -> None:
         fn, found = compiled(p)
         counts, refusals, largest = fn.counts, fn.refusals, fn.largest
     assert "internal-error" not in refusals, p
+    missing = [i for i, (f, e) in enumerate(zip(found, eager, strict=True)) if f is None and e is not None]
+    assert not missing, f"{p}: no gradients {missing}"
     exact = eager if p.dtype == "fp64" else p.train(p, torch.float64)
     for f, e, r in zip(*_zeros_for_none(found, eager, exact), strict=True):
         _assert_close(p, f, e, r)
@@ -116,7 +118,7 @@ def _assert_close(p: Program, found: Tensor | None, eager: Tensor | None, exact:
 
 
 def _zeros_for_none(*runs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
-    """A number that cancels out of the loss may be cut off instead of getting a zero, and the other way round."""
+    """A number that cancels out of the loss may get a zero where eager cuts it off."""
     shapes = [next((t for t in same if t is not None), None) for same in zip(*runs, strict=True)]
     return [[torch.zeros_like(s) if t is None and s is not None else t for t, s in zip(run, shapes)] for run in runs]
 

@@ -1,15 +1,16 @@
-"""Plan -> graph: classes that are masked, and log-probabilities taken apart.
+"""Plan -> graph: classes that are masked, log-probabilities taken apart, and offsets that cancel.
 
 To accept a wanted change of these graphs: EXPECTTEST_ACCEPT=1 python -m pytest tests/test_rewrite_masks.py
 """
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from harness import V, check_against_eager, head
-from test_rewrite import statistics
+from harness import Compiled, V, check_against_eager, fresh, head
+from test_rewrite import show, statistics
 
 
 def test_graph_of_masked_classes():
@@ -57,6 +58,24 @@ return (_to_copy_default_1)
     )
 
 
+def test_graph_of_a_trained_offset_that_cancels():
+    x, w, y = head()
+    rows = torch.zeros(len(x), 1, requires_grad=True)
+    assert_expected_inline(
+        show(lambda x, w, rows, y: F.cross_entropy(F.linear(x, w) + rows, y), x, w, rows, y).partition("->\n")[2],
+        """\
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
+nan_to_num_default = aten.nan_to_num(rows)
+mul_tensor = aten.mul.Tensor(nan_to_num_default, 0.0)
+sum_default = aten.sum(mul_tensor)
+type_as_default = aten.type_as(sum_default, cross_entropy_default)
+add_tensor = aten.add.Tensor(cross_entropy_default, type_as_default)
+return (add_tensor)
+""",
+    )
+
+
 def test_graph_of_a_categorical():
     assert_expected_inline(
         statistics(lambda z, y: torch.distributions.Categorical(logits=z, validate_args=False).log_prob(y)),
@@ -77,6 +96,36 @@ squeeze = .squeeze(_to_copy_default_1, -1)
 return (squeeze)
 """,
     )
+
+
+OFFSET_LOSSES = {
+    "log_softmax": lambda z, y: -z.log_softmax(-1).gather(-1, y[:, None]).mean(),
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y),
+    "maximum": lambda z, y: z.log_softmax(-1).max(-1).values.sum(),
+}
+
+
+@pytest.mark.parametrize("loss", OFFSET_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_trained_number_per_row_that_cancels_gets_zeros(dtype, loss, installed):
+    x, w, y = head(dtype=dtype)
+    rows = torch.linspace(-1, 1, len(x)).to(dtype)[:, None].requires_grad_()
+    args = fresh((x, w, rows, y.clamp(min=0)))
+    compiled = Compiled(lambda x, w, rows, y: OFFSET_LOSSES[loss](F.linear(x, w) + rows, y))
+    found = compiled(*args)
+    found.backward()
+    assert compiled.counts["rewritten"] == 1
+    assert found.dtype == dtype and args[2].grad is not None and not args[2].grad.any()
+
+
+def test_an_infinite_offset_that_cancels_stays_out_of_the_other_rows(installed):
+    x, w, y = head()
+    rows = torch.zeros(len(x), 1)
+    rows[3] = torch.inf
+    args = fresh((x, w, rows.requires_grad_(), y))
+    compiled = Compiled(lambda x, w, rows, y: F.cross_entropy(F.linear(x, w) + rows, y, reduction="none"))
+    assert compiled(*args)[4:].isfinite().all()
+    assert compiled.counts["rewritten"] == 1
 
 
 def test_an_ignored_label_outside_the_vocabulary_beside_masked_classes(installed):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
+from ..ops.types import ARGMAX
 from .canon import Attr
 from .forms import CLASSES, Ref, RowOp, Want
 
@@ -95,6 +96,18 @@ class Emitter:
     def own(self, node: Node) -> Node:
         """A tensor of its own in place of the replaced node."""
         return self.call(aten.clone.default, node, like=self.terminal.node)
+
+    def with_zeros(self, value: Any) -> Any:
+        """The replacement, plus zero times the offsets that cancelled: so they get a gradient of zero."""
+        if self.form.detached or all(w.bit == ARGMAX for w in self.terminal.wants):
+            return value
+        if isinstance(value, tuple):
+            return (None if value[0] is None else self.with_zeros(value[0]), *value[1:])
+        for offset in self.form.cancelled:
+            finite = self.call(aten.nan_to_num.default, self.ref(offset))
+            zero = self.call(aten.sum.default, self.times(finite, 0.0))
+            value = self.call(aten.add.Tensor, value, self.call(aten.type_as.default, zero, value), like=value)
+        return value
 
     def plus(self, a: Node, b: Node, sign: int = 1) -> Node:
         return self.call(aten.add.Tensor if sign > 0 else aten.sub.Tensor, a, b)

@@ -90,7 +90,8 @@ class ClassMap:
         value = exp(y - [normalized] lse(y) + offset)              if exp
 
     class_dim: where the class dimension is in the node's own shape.
-    detached: no gradient flows through it. early_cast: a cast came before the first edit.
+    detached: no gradient flows through it. early_cast: a cast came before the first edit. cancelled: offsets that the
+    normalisation took away again; their gradient is zero, not missing.
     """
 
     head: Head
@@ -105,6 +106,7 @@ class ClassMap:
     exp: bool = False
     detached: bool = False
     early_cast: bool = False
+    cancelled: tuple[Node, ...] = ()
 
     def with_(self, **changes: Any) -> ClassMap:
         return dataclasses.replace(self, **changes)
@@ -216,7 +218,7 @@ Form = Union[ClassMap, Product, OneHot, OneHotProduct, Squared, Spread, Parts]
 def captured(form: Any) -> list[Any]:
     """What a form reads beside the logits: offsets, biases, scales, masks, indices."""
     if isinstance(form, ClassMap):
-        return [*(o.node for o in form.offset), *(a for e in form.edits for a in e.args)]
+        return [*(o.node for o in form.offset), *form.cancelled, *(a for e in form.edits for a in e.args)]
     parts: dict[type, Callable[[Any], list[Any]]] = {
         Product: lambda f: [*captured(f.probs), *captured(f.values)],
         OneHot: lambda f: [f.index, f.weight],

@@ -57,7 +57,7 @@ def apply(walk: Walk, plan: HeadPlan, groups: list[Group], config: Config, repla
             with graph.inserting_before(terminal.node):
                 classes = _num_classes(writer, terminal.form)
                 emitter = Emitter(graph, terminal, columns, len(group.rows), classes, replaced)
-                _replace(terminal.node, terminal.emit(emitter), replaced)
+                _replace(terminal.node, emitter.with_zeros(terminal.emit(emitter)), replaced)
     if config.returned_logits == "defer":
         _defer(walk, plan, replaced)
     erase_cone(walk, plan)

@@ -17,6 +17,7 @@ from .canon import Attr, Call
 from .emit import Emitter
 from .forms import ClassMap, Outcome, Terminal, Want, rule
 from .rules_head import ref_info
+from .rules_reduce import cancel
 from .values import info
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def cross_entropy(walk: Walk, call: Call, form: Any) -> Outcome:
         loss = e.op("cross_entropy", *args, like=out)
         return (loss, loss) if pair else loss
 
-    return Terminal(node, form, tuple(wants), emit)
+    return Terminal(node, cancel(form), tuple(wants), emit)
 
 
 def _legacy_reduction(call: Call) -> str | None:

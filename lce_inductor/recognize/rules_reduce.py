@@ -38,7 +38,26 @@ def softmax(walk: Walk, call: Call, form: Any) -> Outcome:
         return None
     if not over_classes(form, call.get("dim")):
         return refuse("class-dim", call.node)
-    return form.with_(normalized=True, offset=(), exp=call.name == "softmax", dtype=out.dtype)
+    return cancel(form).with_(normalized=True, exp=call.name == "softmax", dtype=out.dtype)
+
+
+def cancel(form: ClassMap) -> ClassMap:
+    """form without its offsets, where what follows does not see them."""
+    trained = (o.node for o in form.offset if not o.detached and (known := info(o.node)) and known.requires_grad)
+    return form.with_(offset=(), cancelled=(*form.cancelled, *(n for n in trained if not _follows(n, form.head.node))))
+
+
+def _follows(node: Node, head: Node) -> bool:
+    """Is node computed from the logits, as their maximum is? What they get their gradient by, it need not repeat."""
+    seen, stack = {node}, [node]
+    while stack:
+        for each in stack.pop().all_input_nodes:
+            if each is head:
+                return True
+            if each not in seen:
+                seen.add(each)
+                stack.append(each)
+    return False
 
 
 def _terminal(call: Call, form: ClassMap, wants: list[Want], write: Any) -> Outcome:
