@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import StepClock, learn, prepare_tokens
+from compare import StepClock, prepare_tokens
 from data import Batches
 from gpt import GPT, GPTConfig
 from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def build(sizes: Sizes, vocab_size: int, seed: int, device: torch.device) -> GPT
 def train(name: str, model: nn.Module, compiled: Any, batches: Batches, options: Options, progress: Progress) -> Curve:
     sizes, device = options.sizes, torch.device(options.device)
     on_gpu = device.type == "cuda"
-    optimizer = learn(model, sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
     task = progress.add_task(f"{name:<21}", total=sizes.steps)
     clock, losses = StepClock(device), []
