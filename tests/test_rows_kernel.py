@@ -68,7 +68,7 @@ def compile_rows_kernel(rows, arch: int, dtype: torch.dtype, full: bool) -> str:
     epilogue = rows.flatten((("div", 30.0), ("tanh",), ("mul", 30.0), ("sigmoid",), ("rsqrt_cap", 3.0, 9.0)))
     constants = {
         "K": 3 if full else 1, "LSE": True, "TARGET": True, "SUM": full, "NEG_ENTROPY": full, "MAX": full, "ARGMAX": full,
-        "GRAD": True, "STEPS": epilogue if full else (), "ACC": tl.float64 if wide else tl.float32,
+        "GRAD": True, "HIDDEN": full, "STEPS": epilogue if full else (), "ACC": tl.float64 if wide else tl.float32,
         "BLOCK_V": layout.block, "BLOCKS": -(-50257 // layout.block),
     }  # fmt: skip
     signature, attrs = {}, {}

@@ -21,8 +21,6 @@ much as rounding the result. Rows are sorted by target once, so that its part of
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -33,6 +31,7 @@ from ..ops.epilogue import Steps, reciprocal
 from ..ops.products import product
 from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats
 from . import anchored_kernels as kernels
+from . import hopper
 from .rows import flatten
 from .tuning import Tiles, tiles
 
@@ -42,17 +41,18 @@ Mask = tuple[bool, bool, bool]
 _SAMPLES = 16
 # Bytes of the partial sums of a forward without gradients: it stores nothing else.
 _SUMS_BYTES = 32 << 20
+# Rows that share a mark "one of these is saturated".
+PAIR = hopper.PAIR
 
 
 def forward(a: HeadArgs, stats: int) -> Stats:
     """Statistics LSE, TARGET and SUM: one product, of which only partial sums are written."""
     head = _Head(a, stats, None)
-    N, V = head.N, head.V
+    N = head.N
     layout = tiles(head.capability, "sums", head.H)
-    across = triton.cdiv(V, layout.columns)
-    rows = max(_SUMS_BYTES // (4 * across) // layout.rows, 1) * layout.rows
-    rows = triton.cdiv(triton.cdiv(N, triton.cdiv(N, rows)), layout.rows) * layout.rows if N else 1
-    head.prepare(ChunkPlan(min(rows, max(N, 1)), triton.cdiv(N, rows), 0), layout, None)
+    rows = max(_SUMS_BYTES // (4 * head.across(layout)) // PAIR, 1) * PAIR
+    rows = triton.cdiv(triton.cdiv(N, triton.cdiv(N, rows)), PAIR) * PAIR if N else 1
+    head.prepare(ChunkPlan(min(rows, max(N, 1)), triton.cdiv(N, rows), 0), layout, None, dw=False)
     for row0, n in head.plan.bounds(N):
         head.logits(row0, n)
     return head.stats()
@@ -75,7 +75,7 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     layout = tiles(head.capability, "logits", H)
     p = plan(N, H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda")
     buffer = a.x.new_empty(p.rows, p.row_stride)
-    head.prepare(p, layout, buffer)
+    head.prepare(p, layout, buffer, dw=mask[1])
     dx = a.x.new_empty((N, H) if mask[0] else (0,))
     scratch = head.f32(p.rows, H) if mask[0] else None
     scaled = a.x.new_empty(p.rows, H) if mask[1] else None
@@ -94,9 +94,12 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
                 scratch.zero_()
         head.spread(row0, n, scratch, e, tail, dx if mask[0] else None, scaled)
         if dw is not None and scaled is not None:
-            for c in (slice(0, V - tail), slice(V - tail, V)):
-                if c.start < c.stop:
-                    product(dw[c], e[:, c].t(), scaled[:n], accumulate=row0 > 0)
+            if head.products is not None:
+                head.products.dw(dw, n, scaled, accumulate=row0 > 0)
+            else:
+                for c in (slice(0, V - tail), slice(V - tail, V)):
+                    if c.start < c.stop:
+                        product(dw[c], e[:, c].t(), scaled[:n], accumulate=row0 > 0)
         if db is not None:
             db += head.column_sums(e[:, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -116,7 +119,8 @@ class _Head:
         self.V = a.weight.shape[0]
         self.x = a.x if aligned(a.x) else a.x.contiguous()
         self.weight = a.weight
-        self.bias, self.class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
+        self.bias = None if a.bias is None else a.bias.float().contiguous()
+        self.class_weight = None if a.class_weight is None else a.class_weight.contiguous()
         self.target = None if a.target is None or a.target.shape[1] == 0 else a.target[:, 0]
         self.stride_t = 0 if self.target is None else self.target.stride(0)
         self.steps = flatten(a.epilogue)
@@ -129,6 +133,8 @@ class _Head:
         self.sum_logits = self.f32(self.N) if stats & SUM else None
         self.class_sum: Tensor | None = None
         self.capability = torch.cuda.get_device_capability(a.x.device) if a.x.is_cuda else None
+        self.hopper = hopper.supported(a.x.device)
+        self.products: hopper.Products | None = None
 
     def f32(self, *shape: int) -> Tensor:
         return self.a.x.new_empty(shape, dtype=torch.float32)
@@ -136,7 +142,11 @@ class _Head:
     def i32(self, *shape: int) -> Tensor:
         return self.a.x.new_zeros(shape, dtype=torch.int32)
 
-    def prepare(self, p: ChunkPlan, layout: Tiles, e: Tensor | None) -> None:
+    def across(self, layout: Tiles) -> int:
+        """Tiles that a row of logits is cut into."""
+        return triton.cdiv(self.V, hopper.Products.columns if self.hopper else layout.columns)
+
+    def prepare(self, p: ChunkPlan, layout: Tiles, e: Tensor | None, dw: bool) -> None:
         """Everything before the first chunk: anchors, sums over classes, scratch of a chunk's size.
 
         e: [p.rows, row_stride], where each chunk's exponentials go; None where only sums are wanted.
@@ -145,20 +155,29 @@ class _Head:
         self.plan, self.layout = p, layout
         if self.N == 0:
             return
-        self.x_desc = _descriptor(self.x, t.rows, t.depth)
-        self.w_desc = _descriptor(self.weight, t.columns, t.depth)
-        self.e_desc = None if e is None else _descriptor(e, t.rows, t.columns // t.split)
-        self.any = self.i32(max(p.count, 1))
+        self.store = e is not None
+        if not self.hopper:
+            self.x_desc = _descriptor(self.x, t.rows, t.depth)
+            self.w_desc = _descriptor(self.weight, t.columns, t.depth)
+            self.e_desc = None if e is None else _descriptor(e, t.rows, t.columns // t.split)
+        # A chunk's marks: whether any row is saturated, then whether one of each PAIR rows is.
+        self.any = self.i32(max(p.count, 1), 1 + triton.cdiv(p.rows, PAIR))
         self.u, self.row_max, self.flag = self.f32(p.rows), self.f32(p.rows), self.i32(p.rows)
-        self.tiles_v = triton.cdiv(self.V, t.columns)
+        self.tiles_v = self.across(t)
         self.sums = None if self.known else self.f32(self.tiles_v, p.rows)
+        if self.hopper:
+            self.products = hopper.Products(
+                self.x, self.weight, e, self.bias, self.target, self.a.epilogue,
+                anchor=self.lse if self.known else self.anchor, sums=self.sums, row_max=self.row_max, flag=self.flag,
+                known=self.known, dw=dw,
+            )  # fmt: skip
         shift = None
         if self.asked & SUM or (g is not None and g.sum is not None):
             self.class_sum = self.column_sums(self.weight, self.class_weight)
         if self.asked & SUM:
             c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
             c = c.float()
-            b = c.new_zeros(()) if self.bias is None else (self.bias.float() * c).sum()
+            b = c.new_zeros(()) if self.bias is None else (self.bias * c).sum()
             shift = torch.stack([b, c.sum()])
         kernels.anchor_kernel[(self.N,)](
             self.x, self.x.stride(0), self.weight, self.weight.stride(0), self.bias, self.target, self.stride_t,
@@ -170,12 +189,12 @@ class _Head:
 
     def free(self) -> None:
         """Let go of what only the chunks needed."""
-        self.e_desc = self.sums = None
+        self.e_desc = self.sums = self.products = None
 
     def logits(self, row0: int, n: int) -> None:
         """The first product of a chunk, then its rows' statistics and coefficients; saturated rows twice."""
         index = row0 // self.plan.rows
-        found = self.any[index : index + 1]
+        found = self.any[index]
         self._product(row0, n, found, "first")
         self._normalise(row0, n, found, redo=False)
         if not self.known:
@@ -184,8 +203,11 @@ class _Head:
             self._normalise(row0, n, found, redo=True)
 
     def _product(self, row0: int, n: int, found: Tensor, run: str) -> None:
+        if self.products is not None:
+            self.products.logits(row0, n, run, found)
+            return
         t, first, high = self.layout, run == "first", run == "max"
-        store = self.e_desc is not None and not high
+        store = self.store and not high
         kernels.logits_kernel[(self._programs(triton.cdiv(n, t.rows) * self.tiles_v, t),)](
             self.x_desc, self.w_desc, self.e_desc if store else None,
             self.lse if self.known else self.anchor, self.bias, self.target, self.stride_t,
@@ -204,8 +226,8 @@ class _Head:
             self.anchor, self.raw, self.target, self.stride_t, self.lse,
             g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
             None if self.target is None else g.target, _stride(g.target), self.u, self.d, n, row0, self.V,
-            STEPS=self.steps, KNOWN=self.known, GRAD=self.grads is not None, REDO=redo, BLOCK_N=block, BLOCK_T=128,
-            num_warps=4,
+            STEPS=self.steps, KNOWN=self.known, GRAD=self.grads is not None, REDO=redo, PAIR=PAIR, BLOCK_N=block,
+            BLOCK_T=128, num_warps=4,
         )  # fmt: skip
 
     def spread(
@@ -255,7 +277,7 @@ class _Head:
         return out.sum(0)
 
     def _programs(self, count: int, t: Tiles) -> int:
-        return min(count, 3 if self.capability is None else multiprocessors(self.a.x.device) * t.per_sm)
+        return min(count, 3 if self.capability is None else hopper.multiprocessors(self.a.x.device) * t.per_sm)
 
     def stats(self) -> Stats:
         """Filled in by the launches, possibly after this returns."""
@@ -296,8 +318,3 @@ def _stride(t: Tensor | None) -> int:
 
 def _block(H: int) -> int:
     return min(triton.next_power_of_2(max(H, 16)), 2048)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -208,8 +208,8 @@ def normalise_kernel(
     anchor_ptr, raw_ptr, target_ptr, stride_t, lse_ptr,
     g_lse_ptr, stride_gl, g_slope_ptr, stride_gs, g_target_ptr, stride_gt,
     u_ptr, d_ptr, n, row0, V,
-    STEPS: tl.constexpr, KNOWN: tl.constexpr, GRAD: tl.constexpr, REDO: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr, KNOWN: tl.constexpr, GRAD: tl.constexpr, REDO: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """From the sums over column tiles to lse and to each row's coefficients of the gradient.
 
@@ -250,6 +250,7 @@ def normalise_kernel(
             found = tl.max(tl.where(inside, flag, 0), 0)
             if found > 0:
                 tl.atomic_max(any_ptr, found)
+                tl.atomic_max(any_ptr + 1 + tl.program_id(0) * BLOCK_N // PAIR, found)
             tl.store(row_max_ptr + local, tl.full((BLOCK_N,), float("-inf"), tl.float32), mask=inside)
         lse = a + tl.log(total)
         tl.store(lse_ptr + rows, lse, mask=inside)

@@ -56,12 +56,14 @@ def launch(
     stats: int,
     found: Stats,
     grads: RowGrads | None,
+    hidden: bool = False,
 ) -> None:
     """Fill `found` for rows row0 ... row0 + len(z) and, with `grads`, turn z into the gradient of the loss.
 
     z: [n, row_stride] chunk of logits before bias and epilogue, of which V columns count; the rest is free to
     be overwritten. target: int64 [N, K]. The tensors of `found` and `grads` have all N rows.
 
+    hidden: logits of -inf come from a bias and get no gradient, whatever the row's is (see hidden in the kernel).
     stats: bits to compute. The gradient of lse needs lse, that of neg_entropy needs both: computed here if `stats`
     has their bits, else read from `found`.
     """
@@ -91,6 +93,7 @@ def launch(
         MAX=bool(stats & MAX),
         ARGMAX=bool(stats & ARGMAX),
         GRAD=grads is not None,
+        HIDDEN=hidden,
         STEPS=flatten(steps),
         ACC=tl.float64 if itemsize == 8 else tl.float32,
         BLOCK_V=layout.block,
@@ -177,8 +180,8 @@ def rows_kernel(
     g_neg_entropy_ptr, stride_gne,
     K: tl.constexpr,
     LSE: tl.constexpr, TARGET: tl.constexpr, SUM: tl.constexpr, NEG_ENTROPY: tl.constexpr, MAX: tl.constexpr,
-    ARGMAX: tl.constexpr, GRAD: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    ARGMAX: tl.constexpr, GRAD: tl.constexpr, HIDDEN: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + pid_n * row_stride
@@ -284,7 +287,7 @@ def rows_kernel(
                 if g_neg_entropy_ptr is not None:
                     factor = g_lse + g_neg_entropy * (log_p - neg_entropy)
                 d = tl.exp(log_p) * factor
-                if bias_ptr is not None:
+                if HIDDEN:
                     d = tl.where(y == hidden, 0.0, d)
             if g_sum_ptr is not None:
                 if class_weight_ptr is not None:

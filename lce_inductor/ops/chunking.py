@@ -29,7 +29,7 @@ class Policy:
 
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=4.5, tile=128, align=64),
+    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=4.5, tile=256, align=64),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
     "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, tile=16, align=1),
 }
@@ -91,7 +91,7 @@ def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:
     """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out."""
-    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 256) * p.rows * 4
+    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 4
     return (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
 
 

@@ -41,9 +41,8 @@ log = logging.getLogger(__name__)
 
 Mask = tuple[bool, bool, bool]
 
-# GPUs that the anchored softmax is chosen on. kernels/tuning.py has layouts for (9, 0), which goes in here as soon as
-# tests/test_anchored.py has passed there as it stands: the repetition of saturated rows changed after its last run.
-_ANCHORED_CAPABILITIES: tuple[tuple[int, int], ...] = ()
+# GPUs that the anchored softmax is chosen on: those whose layouts kernels/tuning.py has.
+_ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
 # Below these sizes a few launches more cost what the saved pass over the logits gives.
 _ANCHORED_LEAST_N, _ANCHORED_LEAST_V = 1024, 4096
@@ -175,13 +174,21 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
     _assert_targets(a.target, V)
     p = plan(N, H, V, x.element_size(), a.chunk_tokens, a.workspace_bytes, device="cuda")
     columns = _columns(V, x.element_size())
+    # As in eager: one rounding for the product and a bias of its dtype together.
+    within = bias if bias is not None and bias.dtype == x.dtype else None
     buffer = x.new_empty(p.rows, p.row_stride)
     for row0, n in p.bounds(N):
         z, x_chunk = buffer[:n], x[row0 : row0 + n]
         for c in columns:
-            torch.mm(x_chunk, weight[c].t(), out=z[:, c])
+            if within is None:
+                torch.mm(x_chunk, weight[c].t(), out=z[:, c])
+            else:
+                torch.addmm(within[c], x_chunk, weight[c].t(), out=z[:, c])
         with _device(x):
-            rows.launch(z, V, row0, bias, a.target, class_weight, a.epilogue, stats, found, grads)
+            rows.launch(
+                z, V, row0, None if within is not None else bias, a.target, class_weight, a.epilogue, stats, found,
+                grads, hidden=bias is not None,
+            )  # fmt: skip
         if grads is not None and out is not None:
             out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
 

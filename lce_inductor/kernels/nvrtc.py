@@ -1,0 +1,191 @@
+"""CUDA C++ without a toolkit: NVRTC, which comes with torch's CUDA builds, and the driver, through ctypes.
+
+Triton 3.6 has no clusters, no multicast and no two warpgroups that take turns on sm_90; where a kernel needs them
+it is written in CUDA C++ (hopper.cu). What NVRTC makes of it is kept in Inductor's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SWIZZLE_128 = 3
+_PROMOTE_256 = 3
+_BFLOAT16 = 9
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: how the copy engine walks through a matrix."""
+
+    _fields_ = (("bytes", ctypes.c_ubyte * 128),)
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library that torch has loaded, or one that the loader finds.
+
+    Raises:
+        OSError: there is none.
+    """
+    major = (torch.version.cuda or "13").split(".")[0]
+    for name in (f"libnvrtc.so.{major}", "libnvrtc.so"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    with contextlib.suppress(ImportError):
+        import nvidia
+
+        for folder in nvidia.__path__:
+            for path in sorted(pathlib.Path(folder).glob("*/lib/libnvrtc.so.*")):
+                for needed in path.parent.glob("libnvrtc-builtins.so.*"):  # it asks for this by name later
+                    ctypes.CDLL(str(needed))
+                return ctypes.CDLL(str(path))
+    raise OSError("libnvrtc is not installed: it comes with torch's CUDA builds, or as nvidia-cuda-nvrtc")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuLaunchKernel.argtypes = (pointer, *(number,) * 7, pointer, pointer, pointer)
+    return library
+
+
+def available() -> bool:
+    """True where NVRTC can be loaded; a GPU need not be there."""
+    try:
+        _nvrtc()
+    except OSError:
+        return False
+    return True
+
+
+def compile(source: str, architecture: str = "sm_90a", folder: pathlib.Path | None = None) -> bytes:
+    """CUDA C++ to a cubin.
+
+    Args:
+        folder: where cubins are kept, by default in Inductor's cache folder.
+
+    Raises:
+        RuntimeError: the compiler's errors.
+        OSError: no NVRTC.
+    """
+    if folder is None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folder = pathlib.Path(cache_dir()) / "lce_inductor"
+    library = _nvrtc()
+    version = (ctypes.c_int(), ctypes.c_int())
+    library.nvrtcVersion(*map(ctypes.byref, version))
+    key = hashlib.sha256(f"{architecture} {[v.value for v in version]} {source}".encode()).hexdigest()
+    path = folder / f"{key}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    cubin = _compile(library, source, architecture)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        os.replace(name, path)
+    return cubin
+
+
+def _compile(library: ctypes.CDLL, source: str, architecture: str) -> bytes:
+    program = ctypes.c_void_p()
+    _check_nvrtc(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"lce_inductor.cu", 0, None, None))
+    try:
+        options = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17"]
+        failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        if failed:
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            text = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, text)
+            raise RuntimeError(f"NVRTC: {text.value.decode(errors='replace')}")
+        size = ctypes.c_size_t()
+        _check_nvrtc(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        _check_nvrtc(library.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _check_nvrtc(result: int) -> None:
+    if result:
+        text = _nvrtc().nvrtcGetErrorString
+        text.restype = ctypes.c_char_p
+        raise RuntimeError(f"NVRTC: {text(result).decode()}")
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} ({result})")
+
+
+class Kernel:
+    """A function of a cubin on the current device."""
+
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
+        _need_context()
+        module = ctypes.c_void_p()
+        self._function = ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
+        attribute = _driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared_bytes)
+        _check(attribute, f"{shared_bytes} bytes of shared memory for {name}")
+        self._name, self._shared = name, shared_bytes
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[ctypes.Structure], stream: int) -> None:
+        """On the current device; `arguments` are passed by value."""
+        _need_context()
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        found = _driver().cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, pointers, None
+        )  # fmt: skip
+        _check(found, f"launching {self._name}")
+
+
+def tensor_map(t: Tensor, rows: int, box_rows: int) -> TensorMap:
+    """The first `rows` rows of t, bf16 [R, C] with 16-byte aligned rows, in boxes of box_rows x 64, swizzled.
+
+    What is outside reads as zeros and is not written.
+    """
+    _need_context()
+    found = TensorMap()
+    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    # A map may be anywhere, the driver's encoder wants its result on 64 bytes.
+    space = (ctypes.c_ubyte * 192)()
+    aligned = (ctypes.addressof(space) + 63) & ~63
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(aligned), _BFLOAT16, 2, ctypes.c_void_p(t.data_ptr()),
+            (u64 * 2)(t.shape[1], rows), (u64 * 1)(t.stride(0) * 2), (u32 * 2)(64, box_rows), (u32 * 2)(1, 1),
+            0, _SWIZZLE_128, _PROMOTE_256, 0,
+        ),
+        f"a tensor map of {rows} x {t.shape[1]}, {t.stride(0)} apart",
+    )  # fmt: skip
+    ctypes.memmove(ctypes.byref(found), aligned, 128)
+    return found
+
+
+def _need_context() -> None:
+    """Threads of autograd may have a device and no context yet."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "the current context")
+    if not context.value:
+        device = torch.cuda.current_device()
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "the device's context")
+        _check(_driver().cuCtxSetCurrent(context), "setting the context")
