@@ -110,6 +110,19 @@ def test_what_goes_wrong_is_a_row(register, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("Triton Error [CUDA]: out of memory", OUT_OF_MEMORY),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", OUT_OF_MEMORY),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes", OUT_OF_MEMORY),
+        ("CUDA error: an illegal memory access was encountered", FAILED),
+    ],
+)
+def test_out_of_memory_is_known_by_its_words(message, status):
+    assert measure.failure(RuntimeError(message))[0] == status
+
+
+@pytest.mark.parametrize(
     ("end", "status", "detail"),
     [
         ("os.kill(os.getpid(), 9)", OUT_OF_MEMORY, "killed"),

@@ -243,9 +243,10 @@ def finish(device: torch.device) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU's allocator has no error type of its own."""
+    """The CPU's allocator has no error type of its own, nor have Triton, cuBLAS and CUDA's loader of kernels."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "CUDA out of memory")
+        text in str(error)
+        for text in ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
 
 
