@@ -1,0 +1,63 @@
+"""Every kernel of the package once, on small sizes: compute-sanitizer --tool memcheck python tests/sanitize.py
+
+Seconds. Reads and writes out of bounds are what it is for, so sizes are odd and tails are ragged; the numbers are
+checked elsewhere. The other tools of compute-sanitizer (racecheck, initcheck, synccheck) run it, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import rows_cases
+from rows_cases import ALL, GRADS, Case
+
+from lce_inductor.ops import cuda
+from lce_inductor.ops.types import LSE, SUM, TARGET, RowGrads
+
+ROWS = [
+    *(Case(N=13, H=33, V=V, K=2, bias=True, class_weight=True, grads=GRADS, dtype=d, chunk_tokens=5)
+      for d in rows_cases.DTYPES for V in (1, 65, 1025)),
+    Case(N=5, H=16, V=50257, dtype=torch.bfloat16),
+    Case(N=13, H=33, V=1025, strided=True, dtype=torch.bfloat16, epilogue=rows_cases.SOFTCAP),
+    Case(N=0),
+]  # fmt: skip
+ANCHORED = [
+    Case(N=N, H=H, V=V, K=K, bias=bias, dtype=torch.bfloat16, grads=grads, chunk_tokens=chunk, scale=scale)
+    for N, H, V, chunk in ((37, 64, 203, 32), (130, 128, 517, 0), (37, 72, 203, 32))
+    for K, grads in ((1, ("lse", "target", "sum")), (0, ("lse",)))
+    for bias in (False, True)
+    for scale in (3.0, 200.0)  # at 200 rows saturate and are computed again
+]
+
+
+def run(case: Case, stats: int) -> None:
+    a, grads = rows_cases.make(case, "cuda")
+    mask = (True, True, case.bias)
+    found = cuda.forward(a, stats)
+    cuda.with_grad(a, stats, grads, mask)
+    plain = RowGrads(grads.lse, None, grads.target, grads.sum, grads.neg_entropy)
+    cuda.backward(a, found.lse, found.neg_entropy if stats == ALL else None, plain, mask)
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    for case in ROWS:
+        run(case, ALL)
+    anchored = torch.cuda.get_device_capability() in cuda._ANCHORED_CAPABILITIES
+    if anchored:
+        cuda._ANCHORED_LEAST_N = cuda._ANCHORED_LEAST_V = 1
+        for case in ANCHORED:
+            a, grads = rows_cases.make(case, "cuda")
+            reason = cuda._why_rows(a, LSE | TARGET | SUM, grads, (True, True, case.bias))
+            assert reason is None, f"{case} takes the row kernel: {reason}"
+            run(case, LSE | TARGET | SUM)
+    print(f"row kernel: {len(ROWS)} cases; anchored softmax: {len(ANCHORED) if anchored else 'none on this GPU'}")
+
+
+if __name__ == "__main__":
+    main()
