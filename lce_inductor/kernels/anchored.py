@@ -50,9 +50,9 @@ def forward(a: HeadArgs, stats: int) -> Stats:
     head = _Head(a, stats, None)
     N = head.N
     layout = tiles(head.capability, "sums", head.H)
-    rows = max(_SUMS_BYTES // (4 * head.across(layout)) // PAIR, 1) * PAIR
+    rows = max(_SUMS_BYTES // (8 * head.across(layout)) // PAIR, 1) * PAIR
     rows = triton.cdiv(triton.cdiv(N, triton.cdiv(N, rows)), PAIR) * PAIR if N else 1
-    head.prepare(ChunkPlan(min(rows, max(N, 1)), triton.cdiv(N, rows), 0), layout, None, dw=False)
+    head.prepare(ChunkPlan(min(rows, max(N, 1)), triton.cdiv(N, rows), 0), layout, None)
     for row0, n in head.plan.bounds(N):
         head.logits(row0, n)
     return head.stats()
@@ -75,7 +75,7 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     layout = tiles(head.capability, "logits", H)
     p = plan(N, H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda")
     buffer = a.x.new_empty(p.rows, p.row_stride)
-    head.prepare(p, layout, buffer, dw=mask[1])
+    head.prepare(p, layout, buffer)
     dx = a.x.new_empty((N, H) if mask[0] else (0,))
     scratch = head.f32(p.rows, H) if mask[0] else None
     scaled = a.x.new_empty(p.rows, H) if mask[1] else None
@@ -94,12 +94,9 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
                 scratch.zero_()
         head.spread(row0, n, scratch, e, tail, dx if mask[0] else None, scaled)
         if dw is not None and scaled is not None:
-            if head.products is not None:
-                head.products.dw(dw, n, scaled, accumulate=row0 > 0)
-            else:
-                for c in (slice(0, V - tail), slice(V - tail, V)):
-                    if c.start < c.stop:
-                        product(dw[c], e[:, c].t(), scaled[:n], accumulate=row0 > 0)
+            for c in (slice(0, V - tail), slice(V - tail, V)):
+                if c.start < c.stop:
+                    product(dw[c], e[:, c].t(), scaled[:n], accumulate=row0 > 0)
         if db is not None:
             db += head.column_sums(e[:, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -134,7 +131,7 @@ class _Head:
         self.class_sum: Tensor | None = None
         self.capability = torch.cuda.get_device_capability(a.x.device) if a.x.is_cuda else None
         self.hopper = hopper.supported(a.x.device)
-        self.products: hopper.Products | None = None
+        self.compiled: hopper.Logits | None = None
 
     def f32(self, *shape: int) -> Tensor:
         return self.a.x.new_empty(shape, dtype=torch.float32)
@@ -144,9 +141,9 @@ class _Head:
 
     def across(self, layout: Tiles) -> int:
         """Tiles that a row of logits is cut into."""
-        return triton.cdiv(self.V, hopper.Products.columns if self.hopper else layout.columns)
+        return triton.cdiv(self.V, hopper.COLUMNS if self.hopper else layout.columns)
 
-    def prepare(self, p: ChunkPlan, layout: Tiles, e: Tensor | None, dw: bool) -> None:
+    def prepare(self, p: ChunkPlan, layout: Tiles, e: Tensor | None) -> None:
         """Everything before the first chunk: anchors, sums over classes, scratch of a chunk's size.
 
         e: [p.rows, row_stride], where each chunk's exponentials go; None where only sums are wanted.
@@ -165,11 +162,12 @@ class _Head:
         self.u, self.row_max, self.flag = self.f32(p.rows), self.f32(p.rows), self.i32(p.rows)
         self.tiles_v = self.across(t)
         self.sums = None if self.known else self.f32(self.tiles_v, p.rows)
+        self.maxima = None if self.known else self.f32(self.tiles_v, p.rows)
         if self.hopper:
-            self.products = hopper.Products(
+            self.compiled = hopper.Logits(
                 self.x, self.weight, e, self.bias, self.target, self.a.epilogue,
-                anchor=self.lse if self.known else self.anchor, sums=self.sums, row_max=self.row_max, flag=self.flag,
-                known=self.known, dw=dw,
+                anchor=self.lse if self.known else self.anchor, sums=self.sums, maxima=self.maxima,
+                row_max=self.row_max, flag=self.flag, known=self.known,
             )  # fmt: skip
         shift = None
         if self.asked & SUM or (g is not None and g.sum is not None):
@@ -189,7 +187,7 @@ class _Head:
 
     def free(self) -> None:
         """Let go of what only the chunks needed."""
-        self.e_desc = self.sums = self.products = None
+        self.e_desc = self.sums = self.maxima = self.compiled = None
 
     def logits(self, row0: int, n: int) -> None:
         """The first product of a chunk, then its rows' statistics and coefficients; saturated rows twice."""
@@ -198,22 +196,20 @@ class _Head:
         self._product(row0, n, found, "first")
         self._normalise(row0, n, found, redo=False)
         if not self.known:
-            self._product(row0, n, found, "max")
             self._product(row0, n, found, "redo")
             self._normalise(row0, n, found, redo=True)
 
     def _product(self, row0: int, n: int, found: Tensor, run: str) -> None:
-        if self.products is not None:
-            self.products.logits(row0, n, run, found)
+        if self.compiled is not None:
+            self.compiled.launch(row0, n, run, found)
             return
-        t, first, high = self.layout, run == "first", run == "max"
-        store = self.store and not high
+        t, first = self.layout, run == "first"
         kernels.logits_kernel[(self._programs(triton.cdiv(n, t.rows) * self.tiles_v, t),)](
-            self.x_desc, self.w_desc, self.e_desc if store else None,
+            self.x_desc, self.w_desc, self.e_desc if self.store else None,
             self.lse if self.known else self.anchor, self.bias, self.target, self.stride_t,
-            self.sums, self.plan.rows, self.row_max, self.flag, found,
+            self.sums, self.maxima, self.plan.rows, self.row_max, self.flag, found,
             n, row0, self.V, self.H,
-            STEPS=self.steps, STORE=store, SUM=not (self.known or high), MAX=high, REDO=run == "redo",
+            STEPS=self.steps, STORE=self.store, SUM=not self.known, REDO=not first,
             COMPILED=self.capability is not None, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth, SPLIT=t.split,
             GROUP=t.group, FLATTEN=t.flatten and first, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -222,7 +218,7 @@ class _Head:
         g = self.grads or RowGrads()
         block = 8
         kernels.normalise_kernel[(triton.cdiv(n, block),)](
-            self.sums, self.plan.rows, self.tiles_v, self.row_max, self.flag, found,
+            self.sums, self.maxima, self.plan.rows, self.tiles_v, self.row_max, self.flag, found,
             self.anchor, self.raw, self.target, self.stride_t, self.lse,
             g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
             None if self.target is None else g.target, _stride(g.target), self.u, self.d, n, row0, self.V,

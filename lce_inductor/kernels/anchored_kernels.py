@@ -113,8 +113,8 @@ def anchor_kernel(
 
 
 @triton.jit
-def _exps(acc, cols, y_col, a, V, bias_ptr, STEPS: tl.constexpr, MAX: tl.constexpr):
-    """A piece of the accumulator: what it adds to its rows (or their maximum), and what is to be stored of it."""
+def _exps(acc, cols, y_col, a, V, bias_ptr, STEPS: tl.constexpr):
+    """A piece of the accumulator: what it adds to its rows, their largest logits, and what is to be stored of it."""
     z = acc
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
@@ -122,33 +122,31 @@ def _exps(acc, cols, y_col, a, V, bias_ptr, STEPS: tl.constexpr, MAX: tl.constex
         z, slope = _epilogue(z, STEPS)
     # The target's own entry is known better than bf16 can hold it: it stays out, here and in the products.
     out = (cols[None, :] == y_col[:, None]) | (cols[None, :] >= V)
-    if MAX:
-        return tl.max(tl.where(out, float("-inf"), z), 1), z
+    high = tl.max(tl.where(out, float("-inf"), z), 1)
     e = tl.where(out, 0.0, tl.exp2((z - a[:, None]) * _LOG2E))
     row = tl.sum(e, 1)
     if len(STEPS) > 0:
         e = tl.where(e == 0, 0.0, e * slope)
-    return row, e
+    return row, high, e
 
 
 @triton.jit(do_not_specialize=["n", "row0", "part_stride"])
 def logits_kernel(
     x_desc, w_desc, e_desc,
     anchor_ptr, bias_ptr, target_ptr, stride_t,
-    sums_ptr, part_stride, row_max_ptr, flag_ptr, any_ptr,
+    sums_ptr, maxima_ptr, part_stride, row_max_ptr, flag_ptr, any_ptr,
     n, row0, V, H,
-    STEPS: tl.constexpr, STORE: tl.constexpr, SUM: tl.constexpr, MAX: tl.constexpr, REDO: tl.constexpr,
+    STEPS: tl.constexpr, STORE: tl.constexpr, SUM: tl.constexpr, REDO: tl.constexpr,
     COMPILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = exp(Y - anchor) of a chunk, from the fp32 accumulators: E in bf16 and its sums over each column tile.
 
-    x_desc [N, H], w_desc [V, H], e_desc [chunk rows, row_stride]; sums [column tiles, part_stride].
-    STORE: write E (times the epilogue's slope); rows beyond n come out arbitrary. SUM: write the sums.
-    MAX, a pass of its own: only the rows' largest logits, into row_max.
-    MAX, REDO: only row tiles with a saturated row. REDO: with new anchors for those rows.
+    x_desc [N, H], w_desc [V, H], e_desc [chunk rows, row_stride]; sums, maxima [column tiles, part_stride].
+    STORE: write E (times the epilogue's slope); rows beyond n come out arbitrary. SUM: write each row's sum of E and
+    its largest logit in this tile. REDO: only row tiles with a saturated row (flag), with row_max as their anchor.
     """
-    if MAX or REDO:  # noqa: SIM102
+    if REDO:  # noqa: SIM102
         if tl.load(any_ptr) == 0:
             return
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -162,7 +160,7 @@ def logits_kernel(
         inside = rows < n
         steps = tl.cdiv(H, BLOCK_H)
         wanted = 1
-        if MAX or REDO:
+        if REDO:
             wanted = tl.max(tl.load(flag_ptr + rows, mask=inside, other=0), 0)
             steps = steps * wanted
         acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -184,27 +182,28 @@ def logits_kernel(
                 y_col = _column(target_ptr, (row0 + rows).to(tl.int64) * stride_t, V, inside)
             offs = tl.arange(0, WIDTH)
             if SPLIT == 1:
-                found, e = _exps(acc, first_v + offs, y_col, a, V, bias_ptr, STEPS, MAX)
+                total, high, e = _exps(acc, first_v + offs, y_col, a, V, bias_ptr, STEPS)
                 if STORE:
                     e_desc.store([first_n, first_v], e.to(tl.bfloat16))
             else:
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, WIDTH)), (0, 2, 1)))
-                found, e = _exps(left, first_v + offs, y_col, a, V, bias_ptr, STEPS, MAX)
+                total, high, e = _exps(left, first_v + offs, y_col, a, V, bias_ptr, STEPS)
                 if STORE:
                     e_desc.store([first_n, first_v], e.to(tl.bfloat16))
-                more, e = _exps(right, first_v + WIDTH + offs, y_col, a, V, bias_ptr, STEPS, MAX)
+                more, higher, e = _exps(right, first_v + WIDTH + offs, y_col, a, V, bias_ptr, STEPS)
                 if STORE:
                     e_desc.store([first_n, first_v + WIDTH], e.to(tl.bfloat16))
-                found = tl.maximum(found, more) if MAX else found + more
+                total += more
+                high = tl.maximum(high, higher)
             if SUM:
-                tl.store(sums_ptr + pid_v.to(tl.int64) * part_stride + rows, found, mask=inside)
-            if MAX:
-                tl.atomic_max(row_max_ptr + rows, found, mask=inside)
+                where = pid_v.to(tl.int64) * part_stride + rows
+                tl.store(sums_ptr + where, total, mask=inside)
+                tl.store(maxima_ptr + where, high, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "row0", "part_stride"])
 def normalise_kernel(
-    sums_ptr, part_stride, tiles_v, row_max_ptr, flag_ptr, any_ptr,
+    sums_ptr, maxima_ptr, part_stride, tiles_v, row_max_ptr, flag_ptr, any_ptr,
     anchor_ptr, raw_ptr, target_ptr, stride_t, lse_ptr,
     g_lse_ptr, stride_gl, g_slope_ptr, stride_gs, g_target_ptr, stride_gt,
     u_ptr, d_ptr, n, row0, V,
@@ -214,7 +213,7 @@ def normalise_kernel(
     """From the sums over column tiles to lse and to each row's coefficients of the gradient.
 
     dZ = u * E + d * onehot(target). KNOWN: lse is given and was the anchor. In the first run (not REDO), mark
-    the saturated rows: those whose sum is beyond SATURATED or not a number.
+    the saturated rows, those whose sum is beyond SATURATED or not a number, and find their largest logits.
     """
     if REDO:  # noqa: SIM102
         if tl.load(any_ptr) == 0:
@@ -251,7 +250,13 @@ def normalise_kernel(
             if found > 0:
                 tl.atomic_max(any_ptr, found)
                 tl.atomic_max(any_ptr + 1 + tl.program_id(0) * BLOCK_N // PAIR, found)
-            tl.store(row_max_ptr + local, tl.full((BLOCK_N,), float("-inf"), tl.float32), mask=inside)
+                high = tl.full((BLOCK_T, BLOCK_N), float("-inf"), tl.float32)
+                for i in range(0, tiles_v, BLOCK_T):
+                    tile = (i + tl.arange(0, BLOCK_T)).to(tl.int64)
+                    where = tile[:, None] * part_stride + local[None, :]
+                    here = (tile < tiles_v)[:, None] & inside[None, :]
+                    high = tl.maximum(high, tl.load(maxima_ptr + where, mask=here, other=float("-inf")))
+                tl.store(row_max_ptr + local, tl.max(high, 0), mask=inside)
         lse = a + tl.log(total)
         tl.store(lse_ptr + rows, lse, mask=inside)
     if GRAD:

@@ -1,17 +1,15 @@
-// The two large products of the anchored softmax on sm_90a; hopper.py compiles this with NVRTC and launches it.
+// The first product of the anchored softmax on sm_90a; hopper.py compiles this with NVRTC and launches it.
 //
-//   logits: E[n, v] = exp(x_n . w_v - anchor_n)      sums over k of A[m, k] B[n, k]: A = x, B = weight, both K-major
-//   dw:     dW[v, h] (+)= sum_n E[n, v] xs[n, h]     A = E, B = xs, both M/N-major
+//   E[n, v] = exp(x_n . w_v - anchor_n)      x [N, H], weight [V, H], both K-major; E [chunk rows, row_stride]
 //
 // Persistent blocks of three warpgroups in clusters of two blocks. One warp of the first warpgroup fetches operands;
-// the other two warpgroups take whole tiles of 128 x BN in turns ("ping-pong"), so that the exponentials, or the
-// additions to dW, of one tile run beside the product of the next. The blocks of a cluster take two row tiles beside
-// the same columns: each fetches half of B for both.
+// the other two warpgroups take whole tiles of 128 x BN in turns ("ping-pong"), so that the exponentials of one tile
+// run beside the product of the next. The blocks of a cluster take two row tiles beside the same columns: each fetches
+// half of the columns' weights for both.
 //
-// What the host defines: BN (tile columns), STAGES, wgmma_bn() and epilogue() (text), and one of
-//   DW                    the second product
-//   or any of STORE (write E), SUM (write sums over a tile's columns), MAX (the rows' largest logits only),
-//   REDO (only row tiles with a saturated row), with HAS_BIAS, HAS_STEPS, HAS_TARGET.
+// What the host defines: BN (tile columns), STAGES, wgmma_bn() and epilogue() (text), HAS_BIAS, HAS_STEPS, HAS_TARGET,
+// and any of STORE (write E), SUM (write sums and maxima over a tile's columns), REDO (only pairs of row tiles with a
+// saturated row, with new anchors for those rows).
 
 #define FOR(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)
 #define INF __int_as_float(0x7f800000)
@@ -107,13 +105,10 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Matrix descriptor of a 128-byte swizzled operand (PTX ISA, "Matrix descriptor"), but for its start address.
-// K-major: eight rows are 1024 bytes. M/N-major: eight steps of k are 1024 bytes, 64 columns `apart` bytes.
-__device__ __forceinline__ u64 layout(u32 apart) {
-    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(apart >> 4) << 16;
+// Matrix descriptor of a K-major operand, swizzled by 128 bytes: eight rows are 1024 bytes (PTX ISA, wgmma).
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (address & 0x3ffff) >> 4;
 }
-
-__device__ __forceinline__ u64 operand(u64 layout, u32 address) { return layout | (address & 0x3ffff) >> 4; }
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -125,14 +120,6 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
-}
-
-__device__ __forceinline__ void largest(float* to, float value) {
-    // Floats order like integers, negative ones the other way round.
-    if (__float_as_int(value) >= 0)
-        atomicMax((int*)to, __float_as_int(value));
-    else
-        atomicMin((u32*)to, __float_as_uint(value));
 }
 
 // --- tiles --------------------------------------------------------------------------------------------------------
@@ -149,33 +136,29 @@ __device__ __forceinline__ Tile tile_at(int tile, int pairs, int columns, int gr
 }
 
 struct Arguments {
-    int rows, columns, inner;  // of the product: [rows, columns], sums of `inner` terms
-    int row0;                  // logits: where the chunk begins in x and in what has N entries
-    int group;
-    // logits
+    int rows, columns, inner;          // of the product: n, V, H
+    int row0;                          // where the chunk begins in x and in what has N entries
+    int group;                         // pairs of row tiles that share columns
     const float* anchor;               // [N]
     const float* bias;                 // [V]
     const long long* target;           // [N], stride_t apart
     long long stride_t;
-    float* sums;                       // [column tiles, part_stride]
+    float* sums;                       // [column tiles, part_stride], of each row's E
+    float* maxima;                     // the same, of each row's logits
     long long part_stride;
-    float* row_max;                    // [chunk rows]
+    const float* row_max;              // [chunk rows], of rows that are saturated
     const int* flag;                   // [chunk rows], 1: saturated
     const int* found;                  // [1 + pairs of row tiles], 1: has a saturated row; the first: any has
-    // dw
-    float* out;                        // [rows, columns]
-    int accumulate;
 };
 
-#if !DW
 constexpr float LOG2E = 1.4426950408889634f;
 
-// 64 rows of the tile, of which this thread has two: `acc` to E in the staging buffer and to sums (or maxima).
+// 64 rows of the tile, of which this thread has two: `acc` to E in the staging buffer, its sums and the largest logits.
 // ASIDE: some entries do not count, those at `out` (from this thread's first column) and those beyond the last column.
 template <bool ASIDE>
 __device__ __forceinline__ void exponentials(const Arguments& a, const float (&acc)[BN / 2], const float (&anchor)[2],
-                                             const int (&out)[2], float (&found)[2], int first_v, u32 staging_row,
-                                             int lane) {
+                                             const int (&out)[2], float (&sum)[2], float (&high)[2], int first_v,
+                                             u32 staging_row, int lane) {
     const int first_column = first_v + 2 * (lane & 3);
     FOR(j2, BN / 16) {
         u32 packed[4];
@@ -195,14 +178,12 @@ __device__ __forceinline__ void exponentials(const Arguments& a, const float (&a
                     if (HAS_BIAS) z += bias[c];
                     if (HAS_STEPS) epilogue(z, slope);
                     const bool aside = ASIDE && (8 * j + c == out[h] || first_column + 8 * j + c >= a.columns);
-                    if (MAX) {
-                        found[h] = fmaxf(found[h], aside ? -INF : z);
-                    } else {
-                        e[c] = exp2_fast((z - anchor[h]) * LOG2E);
-                        if (aside) e[c] = 0.0f;
-                        if (SUM) found[h] += e[c];
-                        if (HAS_STEPS) e[c] = e[c] == 0.0f ? 0.0f : e[c] * slope;
+                    e[c] = aside ? 0.0f : exp2_fast((z - anchor[h]) * LOG2E);
+                    if (SUM) {
+                        sum[h] += e[c];
+                        high[h] = aside ? high[h] : fmaxf(high[h], z);
                     }
+                    if (HAS_STEPS) e[c] = e[c] == 0.0f ? 0.0f : e[c] * slope;
                 }
                 if (STORE) packed[2 * j1 + h] = bf16_pair(e[0], e[1]);
             }
@@ -222,7 +203,7 @@ __device__ __forceinline__ void logits_epilogue(const Arguments& a, float (&acc)
                                                 u32 staging) {
     const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
     FOR(m, 2) {
-        float anchor[2], found[2];
+        float anchor[2], sum[2] = {0.0f, 0.0f}, high[2] = {-INF, -INF};
         int out[2];
         bool aside = first_v + BN > a.columns;
         const int first = first_n + 64 * m + 16 * warp + lane / 4;
@@ -230,13 +211,12 @@ __device__ __forceinline__ void logits_epilogue(const Arguments& a, float (&acc)
             const int local = first + 8 * h;
             const bool inside = local < a.rows;
             const long long row = (long long)a.row0 + local;
-            anchor[h] = inside && !MAX ? a.anchor[row] : 0.0f;
+            anchor[h] = inside ? a.anchor[row] : 0.0f;
             if (REDO && inside && a.flag[local] > 0) {
-                const float high = fmaxf(anchor[h], a.row_max[local]);
+                const float largest = fmaxf(anchor[h], a.row_max[local]);
                 // With an infinite anchor, exp(z) itself is as in logsumexp.
-                anchor[h] = fabsf(high) < INF ? high : 0.0f;
+                anchor[h] = fabsf(largest) < INF ? largest : 0.0f;
             }
-            found[h] = MAX ? -INF : 0.0f;
             out[h] = -1;
             if (HAS_TARGET && inside) {
                 // The target's own entry is known better than bf16 can hold it: it stays out.
@@ -250,52 +230,30 @@ __device__ __forceinline__ void logits_epilogue(const Arguments& a, float (&acc)
         const u32 staging_row = staging + (64 * m + 16 * warp + (lane & 15)) * 128;
         // Epilogues are long; one copy of them is enough.
         if (HAS_BIAS || HAS_STEPS || __any_sync(0xffffffff, aside))
-            exponentials<true>(a, acc[m], anchor, out, found, first_v, staging_row, lane);
+            exponentials<true>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
         else
-            exponentials<false>(a, acc[m], anchor, out, found, first_v, staging_row, lane);
-        if (SUM || MAX) {
+            exponentials<false>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
+        if (SUM) {
             FOR(h, 2) {
                 FOR(i, 2) {
-                    const float other = __shfl_xor_sync(0xffffffff, found[h], 1 << i);
-                    found[h] = MAX ? fmaxf(found[h], other) : found[h] + other;
+                    sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 1 << i);
+                    high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffff, high[h], 1 << i));
                 }
                 const int local = first + 8 * h;
                 if (lane % 4 == 0 && local < a.rows) {
-                    if (MAX)
-                        largest(a.row_max + local, found[h]);
-                    else
-                        a.sums[(long long)(first_v / BN) * a.part_stride + local] = found[h];
+                    const long long at = (long long)(first_v / BN) * a.part_stride + local;
+                    a.sums[at] = sum[h];
+                    a.maxima[at] = high[h];
                 }
             }
         }
     }
 }
-#else
-__device__ __forceinline__ void dw_epilogue(const Arguments& a, float (&acc)[2][BN / 2], int first_v, int first_h) {
-    const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
-    FOR(m, 2) FOR(h, 2) {
-        const int v = first_v + 64 * m + 16 * warp + 8 * h + lane / 4;
-        float* row = a.out + (long long)v * a.columns;
-        FOR(j, BN / 8) {
-            const int column = first_h + 8 * j + 2 * (lane % 4);
-            const float left = acc[m][4 * j + 2 * h], right = acc[m][4 * j + 2 * h + 1];
-            if (v < a.rows && column < a.columns) {
-                // Added where the sums are, in L2: nothing waits for them, and each is added to once a launch.
-                if (a.accumulate)
-                    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(row + column), "f"(left), "f"(right)
-                                 : "memory");
-                else
-                    *(float2*)(row + column) = make_float2(left, right);
-            }
-        }
-    }
-}
-#endif
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-            const __grid_constant__ TensorMap e_map, const __grid_constant__ Arguments a) {
-    if ((MAX || REDO) && a.found[0] == 0) return;
+    logits(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+           const __grid_constant__ TensorMap e_map, const __grid_constant__ Arguments a) {
+    if (REDO && a.found[0] == 0) return;
     extern __shared__ unsigned char memory[];
     const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     const u32 staging = base + STAGES * STAGE_BYTES;
@@ -320,7 +278,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 
     const int pairs = (a.rows + 2 * BM - 1) / (2 * BM), columns = (a.columns + BN - 1) / BN;
     const int steps = (a.inner + DEPTH - 1) / DEPTH, count = pairs * columns;
-    auto wanted = [&](Tile t) { return !(MAX || REDO) || a.found[1 + t.m / (2 * BM)] != 0; };
+    auto wanted = [&](Tile t) { return !REDO || a.found[1 + t.m / (2 * BM)] != 0; };
 
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -335,15 +293,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                     const u32 to_a = base + stage * STAGE_BYTES, to_b = to_a + A_BYTES;
                     barrier_wait(empty(stage), parity);
                     barrier_expect(full(stage), STAGE_BYTES);
-                    if (DW) {
-                        FOR(b, BM / 64) fetch(to_a + b * DEPTH * 128, &a_map, m + 64 * b, k * DEPTH, full(stage));
-                        FOR(b, BN / 64)
-                        fetch_for_both(to_b + b * DEPTH * 128 + rank * DEPTH / 2 * 128, &b_map, t.n + 64 * b,
-                                       k * DEPTH + rank * DEPTH / 2, full(stage));
-                    } else {
-                        fetch(to_a, &a_map, k * DEPTH, a.row0 + m, full(stage));
-                        fetch_for_both(to_b + rank * B_BYTES / 2, &b_map, k * DEPTH, t.n + rank * BN / 2, full(stage));
-                    }
+                    fetch(to_a, &x_map, k * DEPTH, a.row0 + m, full(stage));
+                    fetch_for_both(to_b + rank * B_BYTES / 2, &w_map, k * DEPTH, t.n + rank * BN / 2, full(stage));
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -351,8 +302,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int mine = group - 1, thread = threadIdx.x & 127;
-        const u64 a_layout = layout(DEPTH * 128), b_layout = a_layout;
-        constexpr u32 K16 = DW ? 16 * 128 : 32;  // bytes to the next 16 of the inner dimension
+        constexpr u32 K16 = 32;  // bytes to the next 16 of the inner dimension
         u32 step = 0;   // stages before this tile, of both warpgroups
         int index = 0;  // tiles before this one, of both
         float acc[2][BN / 2];
@@ -373,8 +323,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                 barrier_wait(full(stage), step / STAGES & 1);
                 wgmma_begin();
                 FOR(i, DEPTH / 16) {
-                    const u64 b = operand(b_layout, from_b + i * K16);
-                    FOR(m, 2) wgmma_bn(acc[m], operand(a_layout, from_a + m * 64 * 128 + i * K16), b, (k | i) != 0);
+                    const u64 b = operand(from_b + i * K16);
+                    FOR(m, 2) wgmma_bn(acc[m], operand(from_a + m * 64 * 128 + i * K16), b, (k | i) != 0);
                 }
                 wgmma_end();
                 if (k > 0) {
@@ -387,9 +337,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             wgmma_wait<0>();
             FOR(m, 2) FOR(i, BN / 2) asm volatile("" : "+f"(acc[m][i])::"memory");
             if (thread < 2) barrier_arrive_at(empty(before), thread);
-#if DW
-            dw_epilogue(a, acc, t.m + rank * BM, t.n);
-#else
             if (STORE) barrier_wait(turn(mine), own);
             logits_epilogue(a, acc, t.m + rank * BM, t.n, staging);
             if (STORE) {
@@ -404,7 +351,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                     barrier_arrive(turn(mine ^ 1));
                 }
             }
-#endif
         }
     }
     // Neither block goes while the other may still write to it.

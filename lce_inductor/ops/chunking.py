@@ -91,7 +91,7 @@ def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:
     """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out."""
-    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 4
+    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 8
     return (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
 
 
