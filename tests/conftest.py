@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import lce_inductor
 
@@ -28,6 +29,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     lce_inductor.uninstall()
     torch._dynamo.reset()
+    counters.clear()
     torch.manual_seed(0)
     yield
     lce_inductor.uninstall()

@@ -1,6 +1,6 @@
 """Random programs against eager, and against torch.compile alone where the pass left them alone.
 
-More of them: python -m pytest tests/test_programs.py --programs 10000 --hypothesis-seed 1
+More of them: python -m pytest tests/test_programs.py --programs 1000 --hypothesis-seed 1, or many_programs.py
 """
 
 from __future__ import annotations

@@ -447,9 +447,11 @@ return (mul_tensor, mul_tensor_1, None)""",
 
 
 def test_the_forward_does_not_keep_the_inputs(installed):
-    """dX and dW are what the backward needs; x and the weight may be freed."""
+    """dX and dW are what the backward needs; what x and the weight of the head were computed to may be freed."""
     x, w, y = head()
     compiled = Compiled(lambda x, w, y: cross_entropy(x * 1.5, w * 1.5, y))
     compiled(x, w, y).backward()
-    backward = compiled.graphs[-1].text
-    assert sum("placeholder" in line for line in backward.splitlines()) == 3  # dX, dW, the tangent
+    lines = [line.strip() for line in compiled.graphs[-1].text.splitlines() if "placeholder" in line]
+    leaves = [line for line in lines if line.startswith("%primals")]
+    assert len(lines) - len(leaves) == 3  # dX, dW, the tangent
+    assert len(leaves) == (0 if takes_lists() else 1)  # torch before 2.13: a tie to the parameter, which exists anyway
