@@ -95,8 +95,8 @@ def test_chunk_tokens_is_taken_as_given():
     assert cuda(1000, 64, 1000, chunk_tokens=300).bounds(1000) == [(0, 300), (300, 300), (600, 300), (900, 100)]
 
 
-def test_small_hidden_size_keeps_enough_rows():
-    assert cuda(100_000, 16, 50_000).rows == POLICIES["cuda"].least_rows
+def test_narrow_heads_take_as_many_rows_as_there_may_be():
+    assert cuda(100_000, 16, 50_000).rows == POLICIES["cuda"].target_rows
 
 
 def test_tiny_workspace_gives_one_row():
