@@ -5,9 +5,8 @@ The automatic policy weighs memory against time (numbers of an H100; `POLICIES` 
 * Every chunk after the first reads and writes dW once more, in fp32. Beside the chunk's matrix products this
   costs a share that falls as 1/rows, whatever H and V are: about 7% of one product at 4096 rows. So aim for
   `target_rows`.
-* A chunk takes 2 V bytes a row in bf16 where the fp32 sums of dW take 4 V H: no more than `rows_per_hidden` * H rows,
-  so that with 1 a chunk is half as large as the sums, though never fewer than `least_rows` for this reason,
-* nor so few that a chunk's launches weigh beside its products: rows times H is at least `least_work`.
+* A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H: when H is small, the chunk is the larger part of
+  the memory. So no more than `rows_per_hidden` * H rows, though never fewer than `least_rows` for this reason.
 * `workspace_bytes` is a limit and always wins.
 * Pieces are equal, rounded up to the tile of the matrix products, so that the last one is no small rest.
 """
@@ -24,16 +23,15 @@ class Policy:
     target_rows: int
     least_rows: int
     rows_per_hidden: float
-    least_work: int
     tile: int
     align: int
 
 
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=1, least_work=2_600_000, tile=256, align=64),
+    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=4.5, tile=256, align=64),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
-    "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, least_work=0, tile=16, align=1),
+    "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, tile=16, align=1),
 }
 
 
@@ -69,7 +67,7 @@ def plan(
     if chunk_tokens > 0:
         rows = min(chunk_tokens, within_budget, N)
         return ChunkPlan(rows, ceil_div(N, rows), row_stride)
-    for_hidden = max(int(policy.rows_per_hidden * H), policy.least_work // max(H, 1), policy.least_rows)
+    for_hidden = max(int(policy.rows_per_hidden * H), policy.least_rows)
     limit = min(policy.target_rows, for_hidden, within_budget)
     if limit >= N:
         return ChunkPlan(N, 1, row_stride)

@@ -44,8 +44,9 @@ Mask = tuple[bool, bool, bool]
 # GPUs that the anchored softmax is chosen on: those whose layouts kernels/tuning.py has.
 _ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
-# Below these sizes a few launches more cost what the saved pass over the logits gives.
-_ANCHORED_LEAST_N, _ANCHORED_LEAST_V = 1024, 4096
+# Below these sizes a few launches more cost what the saved pass over the logits gives: its host needs about 2 ms before
+# the first product and half a millisecond a chunk, which at N H V = 3.2e11 was more than the products themselves.
+_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 5e11
 _AFFINE = ("mul", "div", "add")
 
 # Below this many classes an unaligned product costs less than one more launch.
@@ -64,7 +65,9 @@ def forward(a: HeadArgs, stats: int) -> Stats:
         from ..kernels import anchored
 
         with _device(a.x):
-            return _wide_lse(anchored.forward(a, stats))
+            found = anchored.forward(a, stats)
+        _assert_targets(a.target, a.weight.shape[0])
+        return _wide_lse(found)
     found = _empty_stats(a, stats)
     _run(a, stats, found, None, None)
     return found
@@ -93,6 +96,7 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
 
         with _device(a.x):
             wide, dx, dw, db = anchored.with_grad(a, stats, _float(grads), mask)
+        _assert_targets(a.target, a.weight.shape[0])
         return _wide_lse(wide), dx, dw, db
     needed = stats
     if grads.neg_entropy is not None:
@@ -122,8 +126,6 @@ def _is_anchored(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) ->
     reason = _why_rows(a, stats, grads, mask)
     if log.isEnabledFor(logging.DEBUG):
         _log_choice(tuple(a.x.shape), a.weight.shape[0], a.x.dtype, stats, grads is not None, reason)
-    if reason is None:
-        _assert_targets(a.target, a.weight.shape[0])
     return reason is None
 
 
@@ -148,7 +150,7 @@ def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> st
         return "more than one target column"
     if (stats & SUM or g.sum is not None) and any(step[0] not in _AFFINE for step in a.epilogue):
         return "sum of logits behind an epilogue that is not affine"
-    if N < _ANCHORED_LEAST_N or V < _ANCHORED_LEAST_V:
+    if N < _ANCHORED_LEAST_N or V < _ANCHORED_LEAST_V or N * H * V < _ANCHORED_LEAST_WORK:
         return "too small"
     if H % 8 or a.weight.stride(1) != 1 or a.weight.stride(0) % 8 or a.weight.data_ptr() % 16:
         return "the weight's rows are not contiguous and 16-byte aligned"
