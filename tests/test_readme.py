@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lce_inductor
 from lce_inductor.bench.__main__ import _parser
+from lce_inductor.bench.models import _parser as models_parser
 from lce_inductor.config import Config
 from lce_inductor.ops.chunking import peak_bytes, plan
 
@@ -75,9 +76,10 @@ def test_files_and_extras_of_the_commands_exist() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lce_inductor.bench" in c])
 def test_benchmark_takes_these_flags(command: str) -> None:
-    """test_bench.py runs it; this is about what the README says."""
-    args = _parser().parse_args(shlex.split(command)[3:])
-    assert args is not None
+    """test_bench.py and test_bench_models.py run them; this is about what the README says."""
+    module, *flags = shlex.split(command)[2:]
+    parser = {"lce_inductor.bench": _parser, "lce_inductor.bench.models": models_parser}[module]()
+    assert parser.parse_args(flags) is not None
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in _parser().format_help(), flag
 
