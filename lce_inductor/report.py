@@ -17,7 +17,9 @@ log = logging.getLogger("lce_inductor")
 # What reads logits as a loss does; a softmax alone may be attention.
 _LOSSES = ("cross_entropy", "nll_loss", "log_softmax")
 # On the way from an input of the graph to a loss these leave a tensor the same logits.
-_SAME_LOGITS = ("cast", "same", "detach", "reshape", "flatten", "permute", "transpose", "t", "getitem", "slice", "pad")
+_SAME_LOGITS = (
+    "cast", "same", "detach", "reshape", "flatten", "permute", "transpose", "t", "mT", "getitem", "slice", "pad",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

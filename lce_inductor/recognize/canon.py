@@ -43,6 +43,7 @@ _PARAMS: dict[str, tuple[str, ...]] = {
     "permute": ("input", "*dims"),
     "transpose": ("input", "dim0", "dim1"),
     "t": ("input",),
+    "mT": ("input",),
     "getitem": ("input", "key"),
     "slice": ("input", "dim", "start", "end", "step"),
     "select": ("input", "dim", "index"),
@@ -133,9 +134,11 @@ _ALIASES = {
     "__neg__": "neg",
     "swapaxes": "transpose",
     "swapdims": "transpose",
-    "adjoint": "t",
+    "adjoint": "mT",
+    "mH": "mT",
     "_get_data_attr": "detach",
     "numpy_T": "t",
+    "matrix_H": "t",
 }
 
 _FUNCTIONS: dict[Any, str] = {
@@ -196,7 +199,8 @@ def canonical(node: Node) -> Call | None:
         return None
     target = node.target
     if target is getattr and len(node.args) == 2 and isinstance(node.args[1], str):
-        attribute = {"T": "t", "mT": "t", "H": "t", "mH": "t", "data": "detach"}.get(node.args[1], "attribute")
+        known = {"T": "t", "H": "t", "mT": "mT", "mH": "mT", "data": "detach"}  # from torch 2.14 on, operations of aten
+        attribute = known.get(node.args[1], "attribute")
         return Call(attribute, node, {"input": node.args[0]})
     if isinstance(target, torch._ops.OpOverload):
         return _aten_call(node, target)

@@ -170,7 +170,7 @@ def _peel_transpose(weight: Ref, transposed: bool) -> tuple[Ref, bool]:
         return weight, transposed
     dims = {d % 2 for d in (call.get("dim0"), call.get("dim1")) if isinstance(d, int)}
     swapped = (
-        call.name == "t"
+        call.name in ("t", "mT")
         or (call.name == "transpose" and dims == {0, 1})
         or (call.name == "permute" and [d % 2 for d in call.get("dims", ()) if isinstance(d, int)] == [1, 0])
     )

@@ -130,7 +130,7 @@ def squeeze(walk: Walk, call: Call, form: Any) -> Outcome:
     return _append(call, form, RowOp("squeeze", (dim % form.ndim,)))
 
 
-@rule("permute", "transpose", "t", "movedim")
+@rule("permute", "transpose", "t", "mT", "movedim")
 def permute(walk: Walk, call: Call, form: Any) -> Outcome:
     """Split a permutation into one of the rows and a move of the class dimension."""
     if not isinstance(form, ClassMap) or form.offset:
@@ -141,8 +141,8 @@ def permute(walk: Walk, call: Call, form: Any) -> Outcome:
         if len(dims) != form.ndim or any(not isinstance(d, int) for d in dims):
             return None
         order = [d % form.ndim for d in dims]
-    elif call.name == "t":  # of matrices: .T and t() of more dimensions are errors, or reverse them all
-        if form.ndim < 2 or (form.ndim > 2 and call.node.args[-1] not in ("mT", "mH")):
+    elif call.name in ("t", "mT"):  # .T and t() of more than two dimensions are errors, or reverse them all
+        if form.ndim < 2 or (form.ndim > 2 and call.name == "t"):
             return None
         order[-2:] = order[:-3:-1]
     elif call.name == "movedim":

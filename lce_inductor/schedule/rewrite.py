@@ -73,11 +73,11 @@ def _leaf(differentiated: Any) -> Node | None:
     gradient does it raise. Our dX and dW do not, so one such input has to be among it.
     """
     todo = [differentiated]
-    while todo:
-        node = todo.pop(0)
-        if node.op == "placeholder" and node.meta["val"].is_floating_point():
+    for node in todo:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
             return node  # type: ignore[no-any-return]
-        todo += node.all_input_nodes
+        todo += [n for n in node.all_input_nodes if n not in todo]
     return None
 
 
