@@ -28,7 +28,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parent
     for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".json", ".cu") and path.is_file():
+        if path.suffix in (".py", ".json", ".cu", ".cuh") and path.is_file():
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     try:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC, whic
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SOFTCAP = "div 30.0;tanh;mul 30.0"
 EVERY_STEP = "mul 2.0;add 0.5;div 3.0;tanh;sigmoid;rsqrt_cap 15.0 225.0"
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # The largest shared memory of a block on sm_90.
 LIMIT = 227 * 1024
 
@@ -38,6 +39,7 @@ VARIANTS = [
     variant("STORE SUM HAS_TARGET HAS_BIAS"),
     variant("STORE SUM HAS_TARGET", SOFTCAP),
     variant("STORE SUM REDO HAS_BIAS", EVERY_STEP),
+    variant("DW"),
 ]
 
 
@@ -54,15 +56,18 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
     products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32.BF16" in line]
     assert len(products) == 8  # two blocks of 64 rows, four times 16 terms: one step of the loop
     assert any("UTMALDG.2D.MULTICAST" in line for line in code)
-    assert any("UTMASTG" in line for line in code) == ("STORE" in v.flags)
+    assert any("UTMASTG" in line for line in code) == bool(v.flags & {"STORE", "DW"})
+    assert any("UTMAREDG" in line and "ADD" in line for line in code) == v.is_dw
+    assert ("tnspA.tnspB" in code[products[0]]) == v.is_dw
     # Around the products: no registers in memory, and no fence of the GPU where a stage is given back.
     loop = code[products[0] - 30 : products[-1] + 15]
     assert not [line for line in loop if re.search(r"\b(STL|LDL|MEMBAR)\b", line)]
     assert v.shared_bytes <= LIMIT
 
 
-def test_no_registers_in_memory_for_cross_entropy(tmp_path: Path) -> None:
-    code = sass(CROSS_ENTROPY, tmp_path)
+@pytest.mark.parametrize("v", [CROSS_ENTROPY, variant("DW")], ids=["logits", "dW"])
+def test_no_registers_in_memory(v: hopper.Variant, tmp_path: Path) -> None:
+    code = sass(v, tmp_path)
     assert sum("STL" in line for line in code) <= 4
 
 
@@ -78,6 +83,29 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nvrtc, "_compile", None)
     assert nvrtc.compile(text, folder=tmp_path) == first
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU of compute capability 9.0")
+@pytest.mark.parametrize("N, H, V, rows", [(256, 64, 256, 256), (1000, 200, 1003, 512), (2000, 768, 5003, 768)])
+def test_dw_against_fp64(N: int, H: int, V: int, rows: int) -> None:
+    """Chunk by chunk, sizes that are no multiple of a tile, more tiles than blocks; twice the same bits."""
+    g = torch.Generator("cuda").manual_seed(0)
+    e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).bfloat16()
+    xs = torch.randn(N, H, device="cuda", generator=g).bfloat16()
+    e[:, V:] = float("nan")  # beyond the classes: not read
+    found = []
+    for _ in range(2):
+        buffer, scaled = torch.full_like(e[:rows], float("nan")), torch.full_like(xs[:rows], float("nan"))
+        dw = torch.full((V, H), float("nan"), device="cuda")
+        product = hopper.WeightGradient(dw, buffer, scaled)
+        for row0 in range(0, N, rows):
+            n = min(rows, N - row0)
+            buffer[:n], scaled[:n] = e[row0 : row0 + n], xs[row0 : row0 + n]
+            product.launch(n, accumulate=row0 > 0)
+        found.append(dw)
+    exact = e[:, :V].double().t() @ xs.double()
+    assert (found[0] - exact).norm() < 2e-6 * exact.norm()
+    assert found[0].equal(found[1])
 
 
 def test_not_on_a_cpu() -> None:

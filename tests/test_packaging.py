@@ -30,7 +30,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     inside = {name for name in wheel.namelist() if not name.startswith(f"lce_inductor-{lce_inductor.__version__}")}
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "lce_inductor").rglob("*.py")}
-    assert inside == package | {"lce_inductor/py.typed", "lce_inductor/kernels/hopper.cu"}
+    package |= {f"lce_inductor/kernels/{p.name}" for p in (ROOT / "lce_inductor/kernels").glob("*.cu*")}
+    assert inside == package | {"lce_inductor/py.typed"}
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:

@@ -33,7 +33,7 @@ from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats
 from . import anchored_kernels as kernels
 from . import hopper
 from .rows import flatten
-from .tuning import Tiles, tiles
+from .tuning import OWN_DW, Tiles, tiles
 
 Mask = tuple[bool, bool, bool]
 
@@ -81,6 +81,9 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     scaled = a.x.new_empty(p.rows, H) if mask[1] else None
     dw = head.f32(V, H) if mask[1] else None
     db = head.f32(V).zero_() if mask[2] else None
+    own_dw = None
+    if dw is not None and scaled is not None and head.capability in OWN_DW:
+        own_dw = hopper.WeightGradient(dw, buffer, scaled)
     # The last few classes apart: cuBLAS looks at the sizes too, and an odd V costs several times the time.
     tail = V % 8 if V >= 8 else V
     whole = head.weight[: V - tail]
@@ -93,14 +96,16 @@ def _gradients(head: _Head, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
             else:
                 scratch.zero_()
         head.spread(row0, n, scratch, e, tail, dx if mask[0] else None, scaled)
-        if dw is not None and scaled is not None:
+        if own_dw is not None:
+            own_dw.launch(n, accumulate=row0 > 0)
+        elif dw is not None and scaled is not None:
             for c in (slice(0, V - tail), slice(V - tail, V)):
                 if c.start < c.stop:
                     product(dw[c], e[:, c].t(), scaled[:n], accumulate=row0 > 0)
         if db is not None:
             db += head.column_sums(e[:, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
-    e = None
+    e = own_dw = None
     del buffer, scratch, scaled
     head.free()
     nothing = a.x.new_empty(0)

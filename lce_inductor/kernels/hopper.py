@@ -1,7 +1,7 @@
-"""The anchored softmax's first product on sm_90 (H100, H200): hopper.cu, compiled by NVRTC.
+"""The anchored softmax's two large products on sm_90 (H100, H200): hopper.cu, compiled by NVRTC.
 
-Beside the Triton kernel it has what Triton 3.6 cannot say: clusters of two blocks that share operands, and two
-warpgroups that take turns, so that the exponentials cost no time of their own. NOTES.md has the measurements.
+They have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups that take turns, so
+that what is done with a product's result costs no time of its own. NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import functools
+import logging
 import os
 import pathlib
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from ..ops.chunking import ceil_div
 from ..ops.epilogue import Steps, reciprocal
 from . import nvrtc
 
+log = logging.getLogger(__name__)
+
 ROWS, COLUMNS = 128, 192  # of a tile; the two blocks of a cluster take two of them, PAIR rows
 PAIR = 2 * ROWS
 _THREADS = 384
@@ -29,8 +32,8 @@ _FLAGS = ("STORE", "SUM", "REDO", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 _GROUP = 4
 
 
-class Arguments(ctypes.Structure):
-    """`Arguments` of hopper.cu."""
+class LogitsArguments(ctypes.Structure):
+    """`Arguments` of hopper_logits.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("rows", "columns", "inner", "row0", "group")),
@@ -42,40 +45,67 @@ class Arguments(ctypes.Structure):
     )
 
 
+class DwArguments(ctypes.Structure):
+    """`Arguments` of hopper_dw.cuh."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("rows", "columns", "inner", "group", "accumulate"))
+
+
 class Variant(NamedTuple):
-    """What a kernel is compiled for: flags that are set, epilogue."""
+    """What a kernel is compiled for: which product, by its flags, and the epilogue of the first."""
 
     flags: frozenset[str]
     steps: Steps = ()
 
     @property
+    def is_dw(self) -> bool:
+        return "DW" in self.flags
+
+    @property
+    def staging_bytes(self) -> int:
+        """For what is on its way out: a tile of E, or three slices of dW."""
+        return ROWS * COLUMNS * 2 if self.flags & {"STORE", "DW"} else 0
+
+    @property
     def stages(self) -> int:
-        return 4 if "STORE" in self.flags else 5
+        return 4 if self.staging_bytes else 5
 
     @property
     def shared_bytes(self) -> int:
         stage = (ROWS + COLUMNS) * _DEPTH * 2
-        staging = ROWS * COLUMNS * 2 if "STORE" in self.flags else 0
-        return 1024 + self.stages * stage + staging + 8 * (2 * self.stages + 4)
+        return 1024 + self.stages * stage + self.staging_bytes + 8 * (2 * self.stages + 4)
+
+
+_CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 
 
 @functools.cache
 def supported(device: torch.device) -> bool:
-    """True on a GPU of compute capability 9.0 with NVRTC beside it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and nvrtc.available()
+    """True on a GPU of compute capability 9.0 whose driver takes what NVRTC makes of the kernel; device has an index."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.available():
+        return False
+    try:
+        with torch.cuda.device(device):
+            _kernel(_CROSS_ENTROPY, device.index)
+    except (RuntimeError, OSError) as error:
+        log.warning("the kernels for compute capability 9.0 cannot be used, Triton's are: %s", error)
+        return False
+    return True
 
 
 def source(variant: Variant) -> str:
     """The text that NVRTC compiles."""
-    defines = {flag: int(flag in variant.flags) for flag in _FLAGS}
-    defines |= {"BN": COLUMNS, "STAGES": variant.stages}
+    defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {"BN": COLUMNS, "STAGES": variant.stages}
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    lines += [_wgmma(COLUMNS), _epilogue(variant.steps)]
-    return "\n".join([*lines, pathlib.Path(__file__).with_name("hopper.cu").read_text()])
+    own = ["hopper_dw.cuh"] if variant.is_dw else ["hopper_logits.cuh"]
+    files = [pathlib.Path(__file__).with_name(name) for name in ("hopper_common.cuh", *own, "hopper.cu")]
+    text = [_wgmma(COLUMNS, variant.is_dw), _epilogue(variant.steps), *(file.read_text() for file in files)]
+    return "\n".join(lines + text)
 
 
-def _wgmma(columns: int) -> str:
+def _wgmma(columns: int, transposed: bool) -> str:
     """The product of 64 rows, `columns` columns and 16 terms: an instruction with half of `columns` registers."""
+    t = int(transposed)
     n = columns // 2
     registers = ", ".join(f"%{i}" for i in range(n))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(n))
@@ -83,7 +113,7 @@ def _wgmma(columns: int) -> str:
 __device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, unsigned long long b, int add) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
                  "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
-                 "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0;\\n}}"
+                 "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, {t}, {t};\\n}}"
                  : {operands} : "l"(a), "l"(b), "r"(add));
 }}"""
 
@@ -114,7 +144,7 @@ def _epilogue(steps: Steps) -> str:
 
 @functools.lru_cache(maxsize=128)
 def _kernel(variant: Variant, device: int) -> nvrtc.Kernel:
-    return nvrtc.Kernel(nvrtc.compile(source(variant)), "logits", variant.shared_bytes)
+    return nvrtc.Kernel(nvrtc.compile(source(variant)), "product", variant.shared_bytes)
 
 
 class Logits:
@@ -142,7 +172,7 @@ class Logits:
         self._x_map = nvrtc.tensor_map(x, N, ROWS)
         self._w_map = nvrtc.tensor_map(weight, self._V, COLUMNS // 2)
         self._e_maps: dict[int, nvrtc.TensorMap] = {}
-        self._a = Arguments(columns=self._V, inner=H)
+        self._a = LogitsArguments(columns=self._V, inner=H)
         a = self._a
         a.anchor, a.row_max, a.flag = anchor.data_ptr(), row_max.data_ptr(), flag.data_ptr()
         if bias is not None:
@@ -168,6 +198,24 @@ class Logits:
         if n not in self._e_maps:
             self._e_maps[n] = nvrtc.tensor_map(self._e, n, ROWS)
         return self._e_maps[n]
+
+
+class WeightGradient:
+    """The launches of dW (+)= E^T xs. dW [V, H] fp32; e [chunk rows, row_stride], xs [chunk rows, H] bf16; aligned rows."""
+
+    def __init__(self, dw: Tensor, e: Tensor, xs: Tensor) -> None:
+        (self._V, self._H), self._e, self._xs = dw.shape, e[:, : len(dw)], xs
+        self._kernel = _kernel(Variant(frozenset({"DW"})), dw.device.index)
+        self._dw_map = nvrtc.tensor_map(dw, self._V, ROWS)
+        self._clusters = multiprocessors(dw.device) // 2
+        self._stream = torch.cuda.current_stream(dw.device).cuda_stream
+
+    def launch(self, n: int, accumulate: bool) -> None:
+        """With the first n rows of e and xs; not accumulate: whatever was in dW is overwritten."""
+        a = DwArguments(rows=self._V, columns=self._H, inner=n, group=1, accumulate=accumulate)
+        e_map, xs_map = nvrtc.tensor_map(self._e, n, _DEPTH), nvrtc.tensor_map(self._xs, n, _DEPTH // 2)
+        clusters = min(ceil_div(self._V, PAIR) * ceil_div(self._H, COLUMNS), self._clusters)
+        self._kernel.launch(2 * clusters, _THREADS, (e_map, xs_map, self._dw_map, a), self._stream)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _SWIZZLE_128 = 3
 _PROMOTE_256 = 3
-_BFLOAT16 = 9
+_TYPES = {torch.float32: 7, torch.bfloat16: 9}
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -159,9 +159,9 @@ class Kernel:
 
 
 def tensor_map(t: Tensor, rows: int, box_rows: int) -> TensorMap:
-    """The first `rows` rows of t, bf16 [R, C] with 16-byte aligned rows, in boxes of box_rows x 64, swizzled.
+    """The first `rows` rows of t, [R, C] with 16-byte aligned rows, in boxes of box_rows rows of 128 bytes, swizzled.
 
-    What is outside reads as zeros and is not written.
+    t: bf16 or fp32. What is outside reads as zeros and is not written.
     """
     _need_context()
     found = TensorMap()
@@ -171,9 +171,9 @@ def tensor_map(t: Tensor, rows: int, box_rows: int) -> TensorMap:
     aligned = (ctypes.addressof(space) + 63) & ~63
     _check(
         _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(aligned), _BFLOAT16, 2, ctypes.c_void_p(t.data_ptr()),
-            (u64 * 2)(t.shape[1], rows), (u64 * 1)(t.stride(0) * 2), (u32 * 2)(64, box_rows), (u32 * 2)(1, 1),
-            0, _SWIZZLE_128, _PROMOTE_256, 0,
+            ctypes.c_void_p(aligned), _TYPES[t.dtype], 2, ctypes.c_void_p(t.data_ptr()),
+            (u64 * 2)(t.shape[1], rows), (u64 * 1)(t.stride(0) * t.itemsize),
+            (u32 * 2)(128 // t.itemsize, box_rows), (u32 * 2)(1, 1), 0, _SWIZZLE_128, _PROMOTE_256, 0,
         ),
         f"a tensor map of {rows} x {t.shape[1]}, {t.stride(0)} apart",
     )  # fmt: skip

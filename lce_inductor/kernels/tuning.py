@@ -35,6 +35,10 @@ TABLE: dict[tuple[tuple[int, int], str], tuple[tuple[float, Tiles], ...]] = {
     ((9, 0), "sums"): ((float("inf"), WIDE._replace(group=8, stages=4)),),
 }
 
+# Where dW comes from hopper_dw.cuh and not from the library: nowhere yet. Its first form, which added to dW by `red`,
+# was right and no faster (NOTES.md); the present one, which leaves that to the copy engine, has not run on a GPU.
+OWN_DW: frozenset[tuple[int, int]] = frozenset()
+
 # Under the interpreter: the smallest sizes that still make several tiles of everything.
 INTERPRETED = Tiles(16, 32, 16, split=2, group=2, warps=4, stages=1, per_sm=1, flatten=False)
 

@@ -1,0 +1,141 @@
+// The first product: E[n, v] = exp(x_n . w_v - anchor_n)      x [N, H], weight [V, H]; E [chunk rows, row_stride]
+//
+// What the host defines: epilogue() (text), HAS_BIAS, HAS_STEPS, HAS_TARGET, and any of STORE (write E), SUM (write sums
+// and maxima over a tile's columns), REDO (only pairs of row tiles with a saturated row, with new anchors for those rows).
+
+constexpr bool TRANSPOSED = false;         // both operands are K-major
+constexpr int BOX_BYTES = BM * 128;       // a part of E on its way out: 64 columns
+constexpr int STAGING_BYTES = STORE ? BN / 64 * BOX_BYTES : 0;
+
+struct Arguments {
+    int rows, columns, inner;          // of the product: n, V, H
+    int row0;                          // where the chunk begins in x and in what has N entries
+    int group;                         // pairs of row tiles that share columns
+    const float* anchor;               // [N]
+    const float* bias;                 // [V]
+    const long long* target;           // [N], stride_t apart
+    long long stride_t;
+    float* sums;                       // [column tiles, part_stride], of each row's E
+    float* maxima;                     // the same, of each row's logits
+    long long part_stride;
+    const float* row_max;              // [chunk rows], of rows that are saturated
+    const int* flag;                   // [chunk rows], 1: saturated
+    const int* found;                  // [1 + pairs of row tiles], 1: has a saturated row; the first: any has
+};
+
+__device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return REDO && a.found[0] == 0; }
+__device__ __forceinline__ bool wanted(const Arguments& a, int m) { return !REDO || a.found[1 + m / (2 * BM)] != 0; }
+
+// A step of both operands: 128 rows of x, and this block's half of BN classes.
+__device__ __forceinline__ void fetch_stage(const Arguments& a, const TensorMap* x_map, const TensorMap* w_map, u32 to_a,
+                                            u32 to_b, int m, int n, int k, u32 rank, u32 bar) {
+    fetch(to_a, x_map, k, a.row0 + m, bar);
+    fetch_for_both(to_b + rank * B_BYTES / 2, w_map, k, n + rank * BN / 2, bar);
+}
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// 64 rows of the tile, of which this thread has two: `acc` to E in the staging buffer, its sums and the largest logits.
+// ASIDE: some entries do not count, those at `out` (from this thread's first column) and those beyond the last column.
+template <bool ASIDE>
+__device__ __forceinline__ void exponentials(const Arguments& a, const float (&acc)[BN / 2], const float (&anchor)[2],
+                                             const int (&out)[2], float (&sum)[2], float (&high)[2], int first_v,
+                                             u32 staging_row, int lane) {
+    const int first_column = first_v + 2 * (lane & 3);
+    FOR(j2, BN / 16) {
+        u32 packed[4];
+        FOR(j1, 2) {
+            const int j = 2 * j2 + j1;
+            float bias[2] = {0.0f, 0.0f};
+            if (HAS_BIAS) {
+                FOR(c, 2) {
+                    const int v = first_column + 8 * j + c;
+                    if (v < a.columns) bias[c] = a.bias[v];
+                }
+            }
+            FOR(h, 2) {
+                float e[2];
+                FOR(c, 2) {
+                    float z = acc[4 * j + 2 * h + c], slope = 1.0f;
+                    if (HAS_BIAS) z += bias[c];
+                    if (HAS_STEPS) epilogue(z, slope);
+                    const bool aside = ASIDE && (8 * j + c == out[h] || first_column + 8 * j + c >= a.columns);
+                    e[c] = aside ? 0.0f : exp2_fast((z - anchor[h]) * LOG2E);
+                    if (SUM) {
+                        sum[h] += e[c];
+                        high[h] = aside ? high[h] : fmaxf(high[h], z);
+                    }
+                    if (HAS_STEPS) e[c] = e[c] == 0.0f ? 0.0f : e[c] * slope;
+                }
+                if (STORE) packed[2 * j1 + h] = bf16_pair(e[0], e[1]);
+            }
+        }
+        if (STORE) {
+            // Four 8 x 8 matrices: rows 0 and 8, then the next eight columns. Lane l gives the address of one line.
+            const int chunk = 2 * j2 + (lane >> 4);
+            const u32 to = staging_row + chunk / 8 * BOX_BYTES + ((chunk % 8) ^ (lane & 7)) * 16;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(packed[0]),
+                         "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
+                         : "memory");
+        }
+    }
+}
+
+__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_map, float (&acc)[2][BN / 2], int first_n,
+                                       int first_v, u32 staging, int warpgroup) {
+    const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
+    FOR(m, 2) {
+        float anchor[2], sum[2] = {0.0f, 0.0f}, high[2] = {-INF, -INF};
+        int out[2];
+        bool aside = first_v + BN > a.columns;
+        const int first = first_n + 64 * m + 16 * warp + lane / 4;
+        FOR(h, 2) {
+            const int local = first + 8 * h;
+            const bool inside = local < a.rows;
+            const long long row = (long long)a.row0 + local;
+            anchor[h] = inside ? a.anchor[row] : 0.0f;
+            if (REDO && inside && a.flag[local] > 0) {
+                const float largest = fmaxf(anchor[h], a.row_max[local]);
+                // With an infinite anchor, exp(z) itself is as in logsumexp.
+                anchor[h] = fabsf(largest) < INF ? largest : 0.0f;
+            }
+            out[h] = -1;
+            if (HAS_TARGET && inside) {
+                // The target's own entry is known better than bf16 can hold it: it stays out.
+                const long long t = a.target[row * a.stride_t] - first_v;
+                if (t >= 0 && t < BN) {
+                    out[h] = (int)t - 2 * (lane & 3);
+                    aside = true;
+                }
+            }
+        }
+        const u32 staging_row = staging + (64 * m + 16 * warp + (lane & 15)) * 128;
+        // Epilogues are long; one copy of them is enough.
+        if (HAS_BIAS || HAS_STEPS || __any_sync(0xffffffff, aside))
+            exponentials<true>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
+        else
+            exponentials<false>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
+        if (SUM) {
+            FOR(h, 2) {
+                FOR(i, 2) {
+                    sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 1 << i);
+                    high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffff, high[h], 1 << i));
+                }
+                const int local = first + 8 * h;
+                if (lane % 4 == 0 && local < a.rows) {
+                    const long long at = (long long)(first_v / BN) * a.part_stride + local;
+                    a.sums[at] = sum[h];
+                    a.maxima[at] = high[h];
+                }
+            }
+        }
+    }
+    if (STORE) {
+        warpgroup_sync(warpgroup);
+        if (thread == 0) {
+            FOR(b, BN / 64) put(e_map, first_v + 64 * b, first_n, staging + b * BOX_BYTES);
+            put_end();
+            put_wait<0>();
+        }
+    }
+}
