@@ -81,7 +81,7 @@ _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 
 @functools.cache
 def supported(device: torch.device) -> bool:
-    """True on a GPU of compute capability 9.0 whose driver takes what NVRTC makes of the kernel; device has an index."""
+    """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernel. device: with its index."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.available():
         return False
     try:
@@ -201,7 +201,7 @@ class Logits:
 
 
 class WeightGradient:
-    """The launches of dW (+)= E^T xs. dW [V, H] fp32; e [chunk rows, row_stride], xs [chunk rows, H] bf16; aligned rows."""
+    """The launches of dW (+)= E^T xs. dW [V, H] fp32; e [chunk rows, row_stride], xs [chunk rows, H]: bf16."""
 
     def __init__(self, dw: Tensor, e: Tensor, xs: Tensor) -> None:
         (self._V, self._H), self._e, self._xs = dw.shape, e[:, : len(dw)], xs
