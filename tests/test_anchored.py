@@ -16,6 +16,12 @@ ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 if INTERPRETED or ON_GPU:
     import anchored_cases as cases
+    import hopper_emulated
+
+    @pytest.fixture(params=["triton", "hopper"] if INTERPRETED else ["chosen"], autouse=True)
+    def launched(request, monkeypatch):
+        """On a GPU what the device takes; under the interpreter Triton's product, then what hopper.py would launch."""
+        return hopper_emulated.emulate(monkeypatch) if request.param == "hopper" else None
 
     DEVICE = "cpu" if INTERPRETED else "cuda"
     # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
@@ -26,8 +32,19 @@ if INTERPRETED or ON_GPU:
         cases.check(case, DEVICE, FACTOR)
 
     @pytest.mark.parametrize("rows", [[], [5], [0, 17, 36], list(range(37))], ids=["none", "one", "some", "all"])
-    def test_saturated_rows(rows):
+    def test_saturated_rows(rows, launched):
         cases.check_saturation(DEVICE, 37, rows, FACTOR, chunk_tokens=32)
+        if launched is not None and not rows:
+            assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
+
+    @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_hopper.py has dW alone")
+    @pytest.mark.parametrize("case", cases.CASES[:2], ids=str)
+    def test_with_a_kernel_for_dw(case, launched, monkeypatch):
+        if launched is None:
+            return
+        launched = hopper_emulated.emulate(monkeypatch, own_dw=True)
+        cases.check(case, DEVICE, FACTOR)
+        assert "dw" in launched
 
     @pytest.mark.parametrize("name", ["not_finite", "confident"])
     def test_special(name):
