@@ -37,18 +37,19 @@ if INTERPRETED or ON_GPU:
         if launched is not None and not rows:
             assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
 
-    @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_hopper.py has dW alone")
-    @pytest.mark.parametrize("case", cases.CASES[:2], ids=str)
-    def test_with_a_kernel_for_dw(case, launched, monkeypatch):
-        if launched is None:
-            return
-        launched = hopper_emulated.emulate(monkeypatch, own_dw=True)
-        cases.check(case, DEVICE, FACTOR)
-        assert "dw" in launched
-
     @pytest.mark.parametrize("name", ["not_finite", "confident"])
     def test_special(name):
         getattr(cases, f"check_{name}")(DEVICE)
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("case", cases.CASES[:2], ids=str)
+    @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+    def test_with_a_kernel_for_dw(case, launched, monkeypatch):
+        launched = hopper_emulated.emulate(monkeypatch, own_dw=True)
+        cases.check(case, DEVICE, FACTOR)
+        assert "dw" in launched
 
 
 if ON_GPU and not INTERPRETED:
