@@ -45,18 +45,34 @@ def run(case: Case, stats: int) -> None:
     torch.cuda.synchronize()
 
 
+def run_anchored() -> None:
+    for case in ANCHORED:
+        a, grads = rows_cases.make(case, "cuda")
+        reason = cuda._why_rows(a, LSE | TARGET | SUM, grads, (True, True, case.bias))
+        assert reason is None, f"{case} takes the row kernel: {reason}"
+        run(case, LSE | TARGET | SUM)
+
+
 def main() -> None:
     for case in ROWS:
         run(case, ALL)
-    anchored = torch.cuda.get_device_capability() in cuda._ANCHORED_CAPABILITIES
-    if anchored:
-        cuda._ANCHORED_LEAST_N = cuda._ANCHORED_LEAST_V = 1
-        for case in ANCHORED:
-            a, grads = rows_cases.make(case, "cuda")
-            reason = cuda._why_rows(a, LSE | TARGET | SUM, grads, (True, True, case.bias))
-            assert reason is None, f"{case} takes the row kernel: {reason}"
-            run(case, LSE | TARGET | SUM)
-    print(f"row kernel: {len(ROWS)} cases; anchored softmax: {len(ANCHORED) if anchored else 'none on this GPU'}")
+    ran = [f"row kernel: {len(ROWS)} cases"]
+    capability = torch.cuda.get_device_capability()
+    if capability in cuda._ANCHORED_CAPABILITIES:
+        from lce_inductor.kernels import anchored, hopper
+
+        cuda._ANCHORED_LEAST_N = cuda._ANCHORED_LEAST_V = cuda._ANCHORED_LEAST_WORK = 0
+        supported = hopper.supported
+        if supported(torch.device("cuda", torch.cuda.current_device())):
+            for own in (frozenset(), frozenset({capability})):
+                anchored.OWN_DW = own
+                run_anchored()
+                ran.append(f"hopper.cu, {'its own' if own else 'library'} product for dW: {len(ANCHORED)} cases")
+        anchored.OWN_DW = frozenset()
+        hopper.supported = lambda device: False
+        run_anchored()
+        ran.append(f"anchored softmax in Triton: {len(ANCHORED)} cases")
+    print("\n".join(ran))
 
 
 if __name__ == "__main__":
