@@ -147,6 +147,8 @@ def test_random_programs(request: pytest.FixtureRequest) -> None:
         Program(("last position", "trained scale"), (("weighted rows", "after log_softmax"), ("nll", "no_grad")), True),
         Program(("flat", "minus"), (("mean", ""), ("picked probability", "after log_softmax")), True),
         Program(("masked classes",), (("picked probability", ""),)),
+        Program(("masked classes",), (("one-hot", ""),)),
+        Program(("masked classes", "class bias"), (("mean", ""),)),
         Program(losses=(("one row", ""),), frozen=frozenset({"weight"}), dynamic=True),
     ],
     ids=str,

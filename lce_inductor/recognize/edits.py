@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from .forms import Edit
 
 _NUMBER = ("mul", "div", "add", "tanh", "sigmoid", "rsqrt_cap")
-_AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap")
+# Under the first four, -inf changes its sign or becomes NaN; a bias behind the mask has a gradient at masked labels.
+_AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap", "bias")
 
 
 class Folded(NamedTuple):
@@ -34,7 +35,6 @@ def fold(edits: tuple[Edit, ...]) -> Folded | None:
     factor, linear = 1.0, True
     hidden: float | None = None
     for edit in edits:
-        # -inf changes its sign or becomes NaN under these.
         if hidden is not None and (edit.name in _AGAINST_MASKS or (edit.name in ("mul", "div") and edit.args[0] <= 0)):
             return None
         if edit.name in ("mask", "fill"):

@@ -7,6 +7,7 @@ z.sum(-1)   exp(z - m).sum(-1)   (p * log_p).sum(-1)   (one_hot(y, V) * log_p).s
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
@@ -214,6 +215,8 @@ def _picked_by_one_hot(call: Call, form: OneHotProduct) -> Outcome:
     if not over_classes(values, call.get("dim")):
         return None
     hot = form.hot
+    if not values.exp and any(e.name in ("mask", "fill") and e.args[-1] == -math.inf for e in values.edits):
+        return refuse("escape", call.node, "zero times what classes were masked with is NaN")
     keepdim = bool(call.get("keepdim", False))
     want = Want(TARGET, hot.index, None, hot.column)
     wants = [want] if hot.index is not None else []
