@@ -55,6 +55,7 @@ BY_RULE: dict[str, Loss] = {
     "log": lambda z, y: F.nll_loss(z.softmax(-1).log(), y),
     "log_softmax": lambda z, y: F.nll_loss(z.log_softmax(-1), y),
     "logsumexp": lambda z, y: z.logsumexp(-1).mean(),
+    "mT": lambda z, y: ce(z.mT.mT, y),
     "masked_fill": lambda z, y: ce(z.masked_fill(torch.arange(V) > 30, -torch.inf), y.clamp(max=30)),
     "max": lambda z, y: z.max(-1).values.sum(),
     "mean": lambda z, y: z.mean(-1).square().mean(),
