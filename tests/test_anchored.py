@@ -18,7 +18,9 @@ if INTERPRETED or ON_GPU:
     import anchored_cases as cases
     import hopper_emulated
 
-    @pytest.fixture(params=["triton", "hopper"] if INTERPRETED else ["chosen"], autouse=True)
+    ENGINES = ["triton", "hopper"] if INTERPRETED else ["chosen"]
+
+    @pytest.fixture
     def launched(request, monkeypatch):
         """On a GPU what the device takes; under the interpreter Triton's product, then what hopper.py would launch."""
         return hopper_emulated.emulate(monkeypatch) if request.param == "hopper" else None
@@ -27,18 +29,28 @@ if INTERPRETED or ON_GPU:
     # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
     FACTOR = 2.5 if INTERPRETED else 1.25
 
-    @pytest.mark.parametrize("case", cases.CASES + ([] if INTERPRETED else cases.BIG), ids=str)
-    def test_against_fp64(case):
+    # The kernels around the first product are the same for both: half of the cases do for its host code.
+    RUNS = [(e, c) for e in ENGINES for c in (cases.CASES[::2] if e == "hopper" else cases.CASES)]
+
+    @pytest.mark.parametrize(
+        "launched, case",
+        RUNS if INTERPRETED else RUNS + [("chosen", c) for c in cases.BIG],
+        indirect=["launched"],
+        ids=str,
+    )
+    def test_against_fp64(case, launched):
         cases.check(case, DEVICE, FACTOR)
 
+    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
     @pytest.mark.parametrize("rows", [[], [5], [0, 17, 36], list(range(37))], ids=["none", "one", "some", "all"])
     def test_saturated_rows(rows, launched):
         cases.check_saturation(DEVICE, 37, rows, FACTOR, chunk_tokens=32)
         if launched is not None and not rows:
             assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
 
+    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
     @pytest.mark.parametrize("name", ["not_finite", "confident"])
-    def test_special(name):
+    def test_special(name, launched):
         getattr(cases, f"check_{name}")(DEVICE)
 
 
