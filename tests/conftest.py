@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     lce_inductor.uninstall()
     torch._dynamo.reset()
     counters.clear()
+    for name in [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "lce_inductor"]:
+        logger = logging.getLogger(name)  # torch sets levels, as TORCH_LOGS of a test before asked for
+        logger.setLevel(logging.NOTSET)
+        logger.disabled, logger.propagate = False, True
     torch.manual_seed(0)
     yield
     lce_inductor.uninstall()
