@@ -44,8 +44,8 @@ Mask = tuple[bool, bool, bool]
 # GPUs that the anchored softmax is chosen on: those whose layouts kernels/tuning.py has.
 _ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
-# Below these sizes a few launches more cost what the saved pass over the logits gives: its host needs about 2 ms before
-# the first product and half a millisecond a chunk, which at N H V = 3.2e11 was more than the products themselves.
+# Below these sizes a few launches more cost what the saved pass over the logits gives: its host needs half a
+# millisecond a chunk and more before the first, and at N H V = 3.2e11 a step took twice the products (NOTES.md).
 _ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 5e11
 _AFFINE = ("mul", "div", "add")
 
