@@ -14,23 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from lce_inductor.kernels import hopper, nvrtc
-from lce_inductor.ops.epilogue import apply_with_slope
+from lce_inductor.kernels import anchored_kernels, hopper, nvrtc, tuning
+from lce_inductor.kernels.rows import flatten
+from lce_inductor.ops.epilogue import Steps, apply_with_slope
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, own_dw: bool = False) -> list[str]:
+def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """From here on anchored.py takes the kernels of sm_90; the list grows by the name of each launch that did something."""
-    from lce_inductor.kernels import anchored
-
     launched: list[str] = []
+
+    def kernels(variants: tuple[hopper.Variant, ...], steps: Steps, device: int) -> hopper._Kernels:
+        small = {name: RowsKernel(name, steps, launched) for name in hopper._Kernels._fields[1:]}
+        return hopper._Kernels(tuple(Product(v, launched) for v in variants), **small)
+
     monkeypatch.setattr(hopper, "supported", lambda device: True)
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 6)
-    monkeypatch.setattr(hopper, "_kernels", lambda variants, device: tuple(Kernel(v, launched) for v in variants))
-    monkeypatch.setattr(hopper, "_kernel", lambda variant, device: Kernel(variant, launched))
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
+    monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
+    monkeypatch.setattr(nvrtc, "need_context", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
-    if own_dw:
-        monkeypatch.setattr(anchored, "OWN_DW", frozenset({None}))  # the interpreter has no capability
     return launched
 
 
@@ -49,7 +51,7 @@ def _at(address: int | None, count: int, kind: Any, dtype: torch.dtype) -> Tenso
     return torch.frombuffer((kind * count).from_address(address), dtype=dtype)
 
 
-class Kernel:
+class Product:
     """The product of `variant`, in the words of hopper_logits.cuh and hopper_dw.cuh."""
 
     def __init__(self, variant: hopper.Variant, launched: list[str]) -> None:
@@ -105,3 +107,77 @@ class Kernel:
             assert e_out.shape[0] == n
             e_out[:, :V][wanted] = stored.to(e_out.dtype)[wanted]
             e_out[:, V:][wanted] = 0
+
+
+class RowsKernel:
+    """A kernel of hopper_rows.cuh, by the one of the same purpose in anchored_kernels.py."""
+
+    def __init__(self, name: str, steps: Steps, launched: list[str]) -> None:
+        self.name, self.steps, self.launched = name, flatten(steps), launched
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int) -> None:
+        a, *flags = arguments
+        assert type(a) is hopper.RowsArguments and stream == 0
+        launch = getattr(self, "_" + self.name)
+        assert launch(a, *(bool(f.value) for f in flags)) == blocks
+        self.launched.append(self.name)
+
+    def _anchors(self, a: Any) -> int:
+        _at(a.marked, a.marks, ctypes.c_int, torch.int32).zero_()
+        anchored_kernels.anchor_kernel[(a.N,)](
+            _rows(a.x, a.N, a.stride_x, a.H), a.stride_x, _rows(a.weight, a.V, a.stride_w, a.H), a.stride_w,
+            _f32(a.bias, a.V), _target(a), a.stride_t, a.V, a.H, _f32(a.anchor, a.N), _f32(a.target_logit, a.N),
+            _f32(a.raw, a.N), _f32(a.class_sum, a.H), _f32(a.sum_logits, a.N), _f32(a.shift, 2),
+            SAMPLES=a.samples, STEPS=self.steps, BLOCK_H=64,
+        )  # fmt: skip
+        return -(-a.N // 8)
+
+    def _normalise(self, a: Any, known: bool, redo: bool) -> int:
+        count = a.tiles * a.part_stride
+        found = None if known else _at(a.found, 1 + -(-a.rows // hopper.PAIR), ctypes.c_int, torch.int32)
+        anchored_kernels.normalise_kernel[(-(-a.rows // 8),)](
+            _f32(a.sums, count), _f32(a.maxima, count), a.part_stride, a.tiles, _f32(a.row_max, a.rows),
+            _at(a.flag, a.rows, ctypes.c_int, torch.int32), found, _f32(a.anchor, a.N), _f32(a.raw, a.N),
+            _target(a), a.stride_t, _f32(a.lse, a.N),
+            *_strided(a.g_lse, a.N, a.stride_gl), *_strided(a.g_slope, a.N, a.stride_gs),
+            *_strided(a.g_target, a.N, a.stride_gt), _f32(a.u, a.rows), _f32(a.d, a.N), a.rows, a.row0, a.V,
+            STEPS=self.steps, KNOWN=known, GRAD=a.d is not None, REDO=redo, PAIR=hopper.PAIR, BLOCK_N=8, BLOCK_T=128,
+        )  # fmt: skip
+        return -(-a.rows // 32)
+
+    def _spread(self, a: Any) -> int:
+        anchored_kernels.spread_kernel[(a.rows, -(-a.H // 64))](
+            _f32(a.product, a.rows * a.H), _rows(a.e, a.rows, a.row_stride, a.V), a.row_stride,
+            _rows(a.x, a.N, a.stride_x, a.H), a.stride_x, _rows(a.weight, a.V, a.stride_w, a.H), a.stride_w,
+            _target(a), a.stride_t, _f32(a.u, a.rows), _f32(a.d, a.N), *_strided(a.g_sum, a.N, a.stride_g),
+            _f32(a.class_sum, a.H), _rows(a.dx, a.N, a.H, a.H), _rows(a.xs, a.rows, a.H, a.H), a.row0, a.V, a.H,
+            TAIL=a.tail, SLOPE=a.slope, BLOCK_H=64,
+        )  # fmt: skip
+        return -(-a.rows // 8)
+
+    def _collect(self, a: Any) -> int:
+        anchored_kernels.collect_kernel[(a.N, -(-a.H // 64))](
+            _at(a.key, a.N, ctypes.c_int, torch.int32), _at(a.order, a.N, ctypes.c_longlong, torch.int64),
+            _at(a.ends, a.N, ctypes.c_longlong, torch.int64), _rows(a.x, a.N, a.stride_x, a.H), a.stride_x,
+            _f32(a.d, a.N), _f32(a.dw, a.V * a.H), _f32(a.db, a.V), a.V, a.H, BLOCK_R=8, BLOCK_H=64,
+        )  # fmt: skip
+        return a.N * -(-a.H // 1024)
+
+
+def _f32(address: int | None, count: int) -> Tensor | None:
+    return None if address is None else _at(address, count, ctypes.c_float, torch.float32)
+
+
+def _strided(address: int | None, count: int, stride: int) -> tuple[Tensor | None, int]:
+    return _f32(address, 1 + (count - 1) * stride), stride
+
+
+def _rows(address: int | None, rows: int, stride: int, columns: int) -> Tensor | None:
+    if address is None:
+        return None
+    return _at(address, (rows - 1) * stride + columns, ctypes.c_short, torch.bfloat16)
+
+
+def _target(a: Any) -> Tensor | None:
+    count = 1 + (a.N - 1) * a.stride_t
+    return None if a.target is None else _at(a.target, count, ctypes.c_longlong, torch.int64)

@@ -43,16 +43,16 @@ VARIANTS = [
 ]
 
 
-def sass(v: hopper.Variant, folder: Path) -> list[str]:
+def sass(source: str, folder: Path) -> list[str]:
     path = folder / "kernel.cubin"
-    path.write_bytes(nvrtc.compile(hopper.source(v), folder=folder))
+    path.write_bytes(nvrtc.compile(source, folder=folder))
     run = subprocess.run([str(CUOBJDUMP), "-sass", str(path)], check=True, capture_output=True, text=True)
     return re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", run.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("v", VARIANTS, ids=lambda v: " ".join(sorted(v.flags)))
 def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
-    code = sass(v, tmp_path)
+    code = sass(hopper.source(v), tmp_path)
     products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32.BF16" in line]
     assert len(products) == 8  # two blocks of 64 rows, four times 16 terms: one step of the loop
     assert any("UTMALDG.2D.MULTICAST" in line for line in code)
@@ -67,8 +67,18 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("v", [CROSS_ENTROPY, variant("DW")], ids=["logits", "dW"])
 def test_no_registers_in_memory(v: hopper.Variant, tmp_path: Path) -> None:
-    code = sass(v, tmp_path)
+    code = sass(hopper.source(v), tmp_path)
     assert sum("STL" in line for line in code) <= 4
+
+
+@pytest.mark.parametrize("steps", ["", SOFTCAP, EVERY_STEP])
+def test_small_kernels(steps: str, tmp_path: Path) -> None:
+    """16 bytes at a time, no registers in memory, and divisions as exact as Triton's."""
+    code = sass(hopper.rows_source(parse(steps)), tmp_path)
+    assert sum("LDG.E.128" in line for line in code) >= 10
+    assert sum("STG.E.128" in line for line in code) >= 4
+    # The exact square root and division are calls where a row's epilogue has both: one register is saved around them.
+    assert len([line for line in code if re.search(r"\b(STL|LDL)\b", line)]) <= (2 if steps == EVERY_STEP else 0)
 
 
 def test_errors_are_the_compilers(tmp_path: Path) -> None:
@@ -93,15 +103,18 @@ def test_dw_against_fp64(N: int, H: int, V: int, rows: int) -> None:
     e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).bfloat16()
     xs = torch.randn(N, H, device="cuda", generator=g).bfloat16()
     e[:, V:] = float("nan")  # beyond the classes: not read
+    kernel = hopper._kernels((hopper._DW,), (), 0).products[0]
+    stream = torch.cuda.current_stream().cuda_stream
     found = []
     for _ in range(2):
         buffer, scaled = torch.full_like(e[:rows], float("nan")), torch.full_like(xs[:rows], float("nan"))
         dw = torch.full((V, H), float("nan"), device="cuda")
-        product = hopper.WeightGradient(dw, buffer, scaled)
         for row0 in range(0, N, rows):
             n = min(rows, N - row0)
             buffer[:n], scaled[:n] = e[row0 : row0 + n], xs[row0 : row0 + n]
-            product.launch(n, accumulate=row0 > 0)
+            maps = ((buffer[:, :V], n, 64), (scaled, n, 32), (dw, V, 128))
+            a = hopper.DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=row0 > 0)
+            kernel.launch(132, 384, (*(nvrtc.tensor_map(*m) for m in maps), a), stream)
         found.append(dw)
     exact = e[:, :V].double().t() @ xs.double()
     assert (found[0] - exact).norm() < 2e-6 * exact.norm()

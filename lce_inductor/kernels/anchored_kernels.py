@@ -317,41 +317,36 @@ def spread_kernel(
 
 @triton.jit
 def collect_kernel(
-    sums_ptr, x_ptr, stride_x, order_ptr, starts_ptr, d_ptr, row_sum_ptr, class_weight_ptr, db_ptr, g_total_ptr,
-    dw_ptr, db_out_ptr, H,
+    key_ptr, order_ptr, ends_ptr, x_ptr, stride_x, d_ptr, dw_ptr, db_ptr, V, H,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Class by class: dW = sums + sum of d_i x_i over the rows whose target this is (+ the sum's term), rounded once.
+    """dW[v] += sum of d_i x_i over the rows i whose target is v, and db[v] likewise, in the order of rows.
 
-    order: rows sorted by target; starts [V + 1]: where each class begins in it. row_sum [H]: sum of g_sum_i x_i.
+    key: targets in rising order, V for none; order: their rows; ends: where the entries of the same class end. The
+    program of a class's first entry adds them all; dw [V, H] and db [V] are fp32.
     """
-    v = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(0)
+    v = tl.load(key_ptr + entry).to(tl.int64)
+    before = tl.load(key_ptr + entry - 1, mask=entry > 0, other=-1)
+    if (v >= V) | (before == v):
+        return
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = offs_h < H
-    dw = tl.load(sums_ptr + v * H + offs_h, mask=inside, other=0.0)
-    c = tl.full((), 1.0, tl.float32)
-    if class_weight_ptr is not None:
-        c = tl.load(class_weight_ptr + v).to(tl.float32)
-    if row_sum_ptr is not None:
-        dw += c * tl.load(row_sum_ptr + offs_h, mask=inside, other=0.0)
+    dw = tl.load(dw_ptr + v * H + offs_h, mask=inside, other=0.0)
     d_sum = tl.zeros((BLOCK_R,), tl.float32)
-    if order_ptr is not None:
-        end = tl.load(starts_ptr + v + 1)
-        for first in range(tl.load(starts_ptr + v), end, BLOCK_R):
-            place = first + tl.arange(0, BLOCK_R)
-            rows = tl.load(order_ptr + place, mask=place < end, other=0)
-            d = tl.load(d_ptr + rows, mask=place < end, other=0.0)
-            where = x_ptr + rows[:, None] * stride_x + offs_h[None, :]
-            x = tl.load(where, mask=(place < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            dw += tl.sum(x * d[:, None], 0)
-            d_sum += d
-    tl.store(dw_ptr + v * H + offs_h, dw.to(tl.bfloat16), mask=inside)
-    if db_out_ptr is not None:  # noqa: SIM102
+    end = tl.load(ends_ptr + entry).to(tl.int32)
+    for first in range(entry, end, BLOCK_R):
+        place = first + tl.arange(0, BLOCK_R)
+        rows = tl.load(order_ptr + place, mask=place < end, other=0)
+        d = tl.load(d_ptr + rows, mask=place < end, other=0.0)
+        where = x_ptr + rows[:, None] * stride_x + offs_h[None, :]
+        x = tl.load(where, mask=(place < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        dw += tl.sum(x * d[:, None], 0)
+        d_sum += d
+    tl.store(dw_ptr + v * H + offs_h, dw, mask=inside)
+    if db_ptr is not None:  # noqa: SIM102
         if tl.program_id(1) == 0:
-            db = tl.load(db_ptr + v) + tl.sum(d_sum, 0)
-            if g_total_ptr is not None:
-                db += c * tl.load(g_total_ptr)
-            tl.store(db_out_ptr + v, db.to(tl.bfloat16))
+            tl.store(db_ptr + v, tl.load(db_ptr + v) + tl.sum(d_sum, 0))
 
 
 @triton.jit

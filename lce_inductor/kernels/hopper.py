@@ -1,7 +1,7 @@
-"""The anchored softmax's two large products on sm_90 (H100, H200): hopper.cu, compiled by NVRTC.
+"""The anchored softmax on sm_90 (H100, H200): hopper*.cu*, compiled by NVRTC.
 
-They have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups that take turns, so
-that what is done with a product's result costs no time of its own. NOTES.md has the measurements.
+Its two large products have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups
+that take turns, so that what is done with a product's result costs no time of its own. NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import functools
 import logging
 import os
 import pathlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.chunking import ceil_div
 from ..ops.epilogue import Steps, reciprocal
-from . import nvrtc
+from . import nvrtc, tuning
+
+if TYPE_CHECKING:
+    from .anchored import Head
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +35,40 @@ _FLAGS = ("STORE", "SUM", "REDO", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 _GROUP = 4
 
 
+_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
+
+
+def _fields(text: str) -> tuple[tuple[str, type], ...]:
+    """"name kind, name kind": the fields of a struct in the order of the .cuh file."""
+    kinds = {"int": _INT, "i64": _LONG, "ptr": _POINTER, "float": _FLOAT}
+    return tuple((name, kinds[kind]) for names, kind in (part.rsplit(" ", 1) for part in text.split(", "))
+                 for name in names.split(" "))  # fmt: skip
+
+
 class LogitsArguments(ctypes.Structure):
     """`Arguments` of hopper_logits.cuh."""
 
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("rows", "columns", "inner", "row0", "group")),
-        *((name, ctypes.c_void_p) for name in ("anchor", "bias", "target")),
-        ("stride_t", ctypes.c_longlong),
-        *((name, ctypes.c_void_p) for name in ("sums", "maxima")),
-        ("part_stride", ctypes.c_longlong),
-        *((name, ctypes.c_void_p) for name in ("row_max", "flag", "found")),
+    _fields_ = _fields(
+        "rows columns inner row0 group int, anchor bias target ptr, stride_t i64, sums maxima ptr, part_stride i64, "
+        "row_max flag found ptr"
     )
 
 
 class DwArguments(ctypes.Structure):
     """`Arguments` of hopper_dw.cuh."""
 
-    _fields_ = tuple((name, ctypes.c_int) for name in ("rows", "columns", "inner", "group", "accumulate"))
+    _fields_ = _fields("rows columns inner group accumulate int")
+
+
+class RowsArguments(ctypes.Structure):
+    """`Arguments` of hopper_rows.cuh."""
+
+    _fields_ = _fields(
+        "N H V row0 rows samples tiles marks int, x weight ptr, stride_x stride_w i64, bias target ptr, stride_t i64, "
+        "anchor raw target_logit class_sum shift sum_logits sums maxima ptr, part_stride i64, "
+        "row_max flag found marked lse g_lse g_slope g_target g_sum ptr, stride_gl stride_gs stride_gt stride_g i64, "
+        "u d product e ptr, row_stride i64, tail int, slope float, dx xs dw db key order ends ptr"
+    )
 
 
 class Variant(NamedTuple):
@@ -77,16 +97,18 @@ class Variant(NamedTuple):
 
 
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
+_CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
+_DW = Variant(frozenset({"DW"}))
 
 
 @functools.cache
 def supported(device: torch.device) -> bool:
-    """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernel. device: with its index."""
+    """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernels. device: with its index."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.available():
         return False
     try:
         with torch.cuda.device(device):
-            _kernel(_CROSS_ENTROPY, device.index)
+            _kernels((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DW), (), device.index)
     except (RuntimeError, OSError) as error:
         log.warning("the kernels for compute capability 9.0 cannot be used, Triton's are: %s", error)
         return False
@@ -94,13 +116,22 @@ def supported(device: torch.device) -> bool:
 
 
 def source(variant: Variant) -> str:
-    """The text that NVRTC compiles."""
+    """The text of a product that NVRTC compiles."""
     defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {"BN": COLUMNS, "STAGES": variant.stages}
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    own = ["hopper_dw.cuh"] if variant.is_dw else ["hopper_logits.cuh"]
-    files = [pathlib.Path(__file__).with_name(name) for name in ("hopper_common.cuh", *own, "hopper.cu")]
-    text = [_wgmma(COLUMNS, variant.is_dw), _epilogue(variant.steps), *(file.read_text() for file in files)]
-    return "\n".join(lines + text)
+    own = "hopper_dw.cuh" if variant.is_dw else "hopper_logits.cuh"
+    text = [_wgmma(COLUMNS, variant.is_dw), _epilogue(variant.steps, exact=False)]
+    return "\n".join(lines + text + [_file(name) for name in ("hopper_common.cuh", own, "hopper.cu")])
+
+
+def rows_source(steps: Steps) -> str:
+    """The text of the small kernels."""
+    return _epilogue(steps, exact=True) + "\n" + _file("hopper_rows.cuh")
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return pathlib.Path(__file__).with_name(name).read_text()
 
 
 def _wgmma(columns: int, transposed: bool) -> str:
@@ -118,8 +149,10 @@ __device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, 
 }}"""
 
 
-def _epilogue(steps: Steps) -> str:
-    """f(z) and f'(z), as in anchored_kernels.py, with the approximate division: IEEE's is a loop's worth of code."""
+def _epilogue(steps: Steps, exact: bool) -> str:
+    """f(z) and f'(z), as in anchored_kernels.py; not exact: IEEE's division is a loop's worth of code."""
+    exp, divide, root = ("expf({})", "{} / ({})", "1.0f / sqrtf({})") if exact else (
+        "__expf({})", "__fdividef({}, {})", "rsqrtf({})")  # fmt: skip
     lines = []
     for name, *constants in steps:
         c = [f"(float)({float(value)!r})" for value in constants]
@@ -131,101 +164,134 @@ def _epilogue(steps: Steps) -> str:
         elif name == "add":
             lines.append(f"z += {c[0]};")
         elif name == "tanh":
-            lines.append("z = 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * z)); slope *= 1.0f - z * z;")
+            ratio = divide.format("2.0f", "1.0f + " + exp.format("2.0f * z"))
+            lines.append(f"z = 1.0f - {ratio}; slope *= 1.0f - z * z;")
         elif name == "sigmoid":
-            lines.append("z = __fdividef(1.0f, 1.0f + __expf(-z)); slope *= z * (1.0f - z);")
+            lines.append(f"z = {divide.format('1.0f', '1.0f + ' + exp.format('-z'))}; slope *= z * (1.0f - z);")
         else:  # rsqrt_cap A K
-            lines.append(
-                f"{{ float r = rsqrtf(z * z + {c[1]}); z *= {c[0]} * r; slope *= {c[0]} * {c[1]} * r * r * r; }}"
-            )
+            r = root.format(f"z * z + {c[1]}")
+            lines.append(f"{{ float r = {r}; z *= {c[0]} * r; slope *= {c[0]} * {c[1]} * r * r * r; }}")
     body = "\n    ".join(lines)
     return f"__device__ __forceinline__ void epilogue(float& z, float& slope) {{\n    {body}\n}}"
 
 
+class _Kernels(NamedTuple):
+    products: tuple[nvrtc.Kernel, ...]  # one for each variant asked for
+    anchors: nvrtc.Kernel
+    normalise: nvrtc.Kernel
+    spread: nvrtc.Kernel
+    collect: nvrtc.Kernel
+
+
 @functools.lru_cache(maxsize=128)
-def _kernel(variant: Variant, device: int) -> nvrtc.Kernel:
-    return nvrtc.Kernel(nvrtc.compile(source(variant)), "product", variant.shared_bytes)
+def _kernels(variants: tuple[Variant, ...], steps: Steps, device: int) -> _Kernels:
+    """All kernels of a call on the current device; what is not in the cache yet is compiled side by side."""
+    sources = [rows_source(steps), *map(source, variants)]
+    with concurrent.futures.ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
+        rows, *products = pool.map(nvrtc.compile, sources)
+    small = nvrtc.load(rows, {name: 0 for name in _Kernels._fields[1:]})
+    found = [nvrtc.load(p, {"product": v.shared_bytes})["product"] for p, v in zip(products, variants)]
+    return _Kernels(tuple(found), **small)
 
 
-class Logits:
-    """The launches of one call. x [N, H], weight [V, H], e [chunk rows, row_stride] or None: bf16, aligned rows.
+class Launches:
+    """The launches of one call of the anchored softmax (`Head` in anchored.py), on the current stream.
 
-    Everything that chunks share is made once: a launch has to cost the host less than the GPU.
-
-    Args:
-        e: where each chunk's exponentials go; None where only their sums are wanted.
-        known: the anchor is the row's lse; no sums are taken and nothing is done again.
+    Everything that chunks share is made once, and what the first product does not need only after it: a launch has to
+    cost the host less than the GPU, and until the first one the GPU waits.
     """
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, e: Tensor | None, bias: Tensor | None, target: Tensor | None, steps: Steps,
-        *, anchor: Tensor, sums: Tensor | None, maxima: Tensor | None, row_max: Tensor, flag: Tensor, known: bool,
-    ) -> None:  # fmt: skip
-        self._e = e
-        (N, H), self._V = x.shape, weight.shape[0]
-        inputs = {"HAS_BIAS": bias is not None, "HAS_STEPS": bool(steps), "HAS_TARGET": target is not None}
+    def __init__(self, head: Head) -> None:
+        h, device = head, head.x.device
+        self._head = head
+        inputs = {"HAS_BIAS": h.bias is not None, "HAS_STEPS": bool(h.steps), "HAS_TARGET": h.target is not None}
         given = frozenset(flag for flag, here in inputs.items() if here)
-        store = frozenset() if e is None else frozenset({"STORE"})
-        runs = {"first": store} if known else {"first": store | {"SUM"}, "redo": store | {"SUM", "REDO"}}
-        variants = {run: Variant(given | flags, steps) for run, flags in runs.items()}
-        self._kernels = dict(zip(variants, _kernels(tuple(variants.values()), x.device.index)))
-        self._x_map = nvrtc.tensor_map(x, N, ROWS)
-        self._w_map = nvrtc.tensor_map(weight, self._V, COLUMNS // 2)
-        self._e_maps: dict[int, nvrtc.TensorMap] = {}
-        self._a = LogitsArguments(columns=self._V, inner=H)
-        a = self._a
-        a.anchor, a.row_max, a.flag = anchor.data_ptr(), row_max.data_ptr(), flag.data_ptr()
-        if bias is not None:
-            a.bias = bias.data_ptr()
-        if target is not None:
-            a.target, a.stride_t = target.data_ptr(), target.stride(0)
-        if sums is not None and maxima is not None:
-            a.sums, a.maxima, a.part_stride = sums.data_ptr(), maxima.data_ptr(), sums.stride(0)
-        self._clusters = multiprocessors(x.device) // 2
-        self._stream = torch.cuda.current_stream(x.device).cuda_stream
+        store = frozenset() if h.e is None else frozenset({"STORE"})
+        runs = [store] if h.known else [store | {"SUM"}, store | {"SUM", "REDO"}]
+        variants = [Variant(given | flags, h.steps) for flags in runs]
+        if h.e is not None:
+            variants.append(_DW)
+        self._kernels = _kernels(tuple(variants), h.steps, device.index)
+        self._stream = torch.cuda.current_stream(device).cuda_stream
+        self._clusters = tuning.multiprocessors(device) // 2
+        nvrtc.need_context()
 
-    def launch(self, row0: int, n: int, run: str, found: Tensor) -> None:
-        """E and its sums for rows row0 ... row0 + n; run and found: as logits_kernel has them."""
-        a, pairs = self._a, ceil_div(n, PAIR)
-        a.rows, a.row0, a.found = n, row0, found.data_ptr()
+        pairs = ceil_div(h.plan.rows, PAIR)
+        self._marks = marks = h.x.new_empty(max(h.plan.count, 1), 1 + pairs, dtype=torch.int32)
+        self._rows = r = RowsArguments(
+            N=h.N, H=h.H, V=h.V, samples=h.samples, tiles=h.tiles, marks=marks.numel(), marked=_address(marks),
+            x=_address(h.x), stride_x=h.x.stride(0), weight=_address(h.weight), stride_w=h.weight.stride(0),
+            bias=_address(h.bias), target=_address(h.target), stride_t=h.stride_t, anchor=_address(h.anchor),
+            raw=_address(h.raw), target_logit=_address(None if h.target is None else h.target_logit), class_sum=_address(h.class_sum),
+            shift=_address(h.shift), sum_logits=_address(h.sum_logits), sums=_address(h.sums),
+            maxima=_address(h.maxima), part_stride=h.plan.rows, row_max=_address(h.row_max), flag=_address(h.flag),
+            lse=_address(h.lse),
+        )  # fmt: skip
+        self._logits = LogitsArguments(
+            columns=h.V, inner=h.H, anchor=r.lse if h.known else r.anchor, bias=r.bias, target=r.target,
+            stride_t=h.stride_t, sums=r.sums, maxima=r.maxima, part_stride=h.plan.rows, row_max=r.row_max, flag=r.flag,
+        )  # fmt: skip
+        self._x_map = nvrtc.tensor_map(h.x, h.N, ROWS)
+        self._w_map = nvrtc.tensor_map(h.weight, h.V, COLUMNS // 2)
+
+    def prepare_gradients(self) -> None:
+        """Take what `Head` has by now: gradients of the statistics, and where those of x and weight go."""
+        h, r, g = self._head, self._rows, self._head.grads
+        r.g_lse, r.g_slope, r.g_target, r.g_sum = map(_address, (g.lse, g.lse_slope, g.target, g.sum))
+        r.stride_gl, r.stride_gs, r.stride_gt, r.stride_g = (
+            0 if t is None else t.stride(0) for t in (g.lse, g.lse_slope, g.target, g.sum)
+        )
+        r.class_sum, r.slope = _address(h.class_sum), h.slope
+        r.u, r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.u, h.d, h.product, h.xs, h.dx, h.dw, h.db))
+        assert h.e is not None
+        r.e, r.row_stride = _address(h.e), h.e.stride(0)
+        if h.dw is not None:
+            self._dw_map = nvrtc.tensor_map(h.dw, h.V, ROWS)
+
+    def anchors(self) -> None:
+        self._kernels.anchors.launch(ceil_div(self._rows.N, 8), 256, (self._rows,), self._stream)
+
+    def product(self, row0: int, n: int, redo: bool) -> None:
+        """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
+        a, pairs, e = self._logits, ceil_div(n, PAIR), self._head.e
+        a.rows, a.row0, a.found = n, row0, self._found(row0)
         a.group = ceil_div(pairs, ceil_div(pairs, _GROUP))
-        clusters = min(pairs * ceil_div(self._V, COLUMNS), self._clusters)
-        self._kernels[run].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, self._e_map(n), a), self._stream)
+        clusters = min(pairs * self._head.tiles, self._clusters)
+        e_map = self._x_map if e is None else nvrtc.tensor_map(e, n, ROWS)
+        self._kernels.products[redo].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, e_map, a), self._stream)
 
-    def _e_map(self, n: int) -> nvrtc.TensorMap:
-        if self._e is None:
-            return self._x_map  # not used
-        if n not in self._e_maps:
-            self._e_maps[n] = nvrtc.tensor_map(self._e, n, ROWS)
-        return self._e_maps[n]
+    def normalise(self, row0: int, n: int, redo: bool) -> None:
+        r = self._rows
+        r.row0, r.rows, r.found = row0, n, self._found(row0)
+        flags = _INT(self._head.known), _INT(redo)
+        self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
+    def spread(self, row0: int, n: int, tail: int) -> None:
+        self._rows.tail = tail
+        self._kernels.spread.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
 
-class WeightGradient:
-    """The launches of dW (+)= E^T xs. dW [V, H] fp32; e [chunk rows, row_stride], xs [chunk rows, H]: bf16."""
+    def weight_gradient(self, n: int, accumulate: bool) -> None:
+        """dW (+)= E^T xs with the chunk's n rows; not accumulate: whatever was in dW is overwritten."""
+        h = self._head
+        assert h.e is not None and h.xs is not None
+        a = DwArguments(rows=h.V, columns=h.H, inner=n, group=1, accumulate=accumulate)
+        maps = nvrtc.tensor_map(h.e[:, : h.V], n, _DEPTH), nvrtc.tensor_map(h.xs, n, _DEPTH // 2), self._dw_map
+        clusters = min(ceil_div(h.V, PAIR) * ceil_div(h.H, COLUMNS), self._clusters)
+        self._kernels.products[-1].launch(2 * clusters, _THREADS, (*maps, a), self._stream)
 
-    def __init__(self, dw: Tensor, e: Tensor, xs: Tensor) -> None:
-        (self._V, self._H), self._e, self._xs = dw.shape, e[:, : len(dw)], xs
-        self._kernel = _kernel(Variant(frozenset({"DW"})), dw.device.index)
-        self._dw_map = nvrtc.tensor_map(dw, self._V, ROWS)
-        self._clusters = multiprocessors(dw.device) // 2
-        self._stream = torch.cuda.current_stream(dw.device).cuda_stream
+    def collect(self, key: Tensor, order: Tensor, ends: Tensor) -> None:
+        r = self._rows
+        r.key, r.order, r.ends = map(_address, (key, order, ends))
+        self._kernels.collect.launch(r.N * ceil_div(r.H, 1024), 512, (r,), self._stream)
 
-    def launch(self, n: int, accumulate: bool) -> None:
-        """With the first n rows of e and xs; not accumulate: whatever was in dW is overwritten."""
-        a = DwArguments(rows=self._V, columns=self._H, inner=n, group=1, accumulate=accumulate)
-        e_map, xs_map = nvrtc.tensor_map(self._e, n, _DEPTH), nvrtc.tensor_map(self._xs, n, _DEPTH // 2)
-        clusters = min(ceil_div(self._V, PAIR) * ceil_div(self._H, COLUMNS), self._clusters)
-        self._kernel.launch(2 * clusters, _THREADS, (e_map, xs_map, self._dw_map, a), self._stream)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    def _found(self, row0: int) -> int:
+        return self._marks.data_ptr() + row0 // self._head.plan.rows * self._marks.stride(0) * 4
 
 
-@functools.lru_cache(maxsize=128)
-def _kernels(variants: tuple[Variant, ...], device: int) -> tuple[nvrtc.Kernel, ...]:
-    """All kernels of a call; what is not in the cache yet is compiled side by side."""
-    with concurrent.futures.ThreadPoolExecutor(min(len(variants), os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda v: nvrtc.compile(source(v)), variants))
-    return tuple(_kernel(v, device) for v in variants)
+def tiles(head: Head) -> int:
+    """Tiles that a row of logits is cut into."""
+    return ceil_div(head.V, COLUMNS)
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()

@@ -13,7 +13,8 @@ import hashlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ _SWIZZLE_128 = 3
 _PROMOTE_256 = 3
 _TYPES = {torch.float32: 7, torch.bfloat16: 9}
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+Argument = Union[ctypes.Structure, ctypes.c_int]
 
 
 class TensorMap(ctypes.Structure):
@@ -135,23 +139,27 @@ def _check(result: int, what: str) -> None:
         raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} ({result})")
 
 
-class Kernel:
-    """A function of a cubin on the current device."""
+def load(cubin: bytes, shared_bytes: Mapping[str, int]) -> dict[str, Kernel]:
+    """The named functions of a cubin, with the bytes of dynamic shared memory of each, on the current device."""
+    need_context()
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {', '.join(shared_bytes)}")
+    return {name: Kernel(module, name, size) for name, size in shared_bytes.items()}
 
-    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
-        _need_context()
-        module = ctypes.c_void_p()
+
+class Kernel:
+    """A function of a loaded module."""
+
+    def __init__(self, module: ctypes.c_void_p, name: str, shared_bytes: int) -> None:
         self._function = ctypes.c_void_p()
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
         attribute = _driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED, shared_bytes)
         _check(attribute, f"{shared_bytes} bytes of shared memory for {name}")
         self._name, self._shared = name, shared_bytes
 
-    def launch(self, blocks: int, threads: int, arguments: Sequence[ctypes.Structure], stream: int) -> None:
-        """On the current device; `arguments` are passed by value."""
-        _need_context()
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Argument], stream: int) -> None:
+        """On the current context (see need_context); `arguments` are passed by value."""
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         found = _driver().cuLaunchKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, pointers, None
         )  # fmt: skip
@@ -163,25 +171,31 @@ def tensor_map(t: Tensor, rows: int, box_rows: int) -> TensorMap:
 
     t: bf16 or fp32. What is outside reads as zeros and is not written.
     """
-    _need_context()
-    found = TensorMap()
+    return _tensor_map(t.data_ptr(), t.dtype, rows, t.shape[1], t.stride(0), box_rows)
+
+
+# From step to step tensors are mostly where they were; encoding costs the host more than a launch.
+@functools.lru_cache(maxsize=512)
+def _tensor_map(address: int, dtype: torch.dtype, rows: int, columns: int, stride: int, box_rows: int) -> TensorMap:
+    need_context()
+    found, size = TensorMap(), dtype.itemsize
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
     # A map may be anywhere, the driver's encoder wants its result on 64 bytes.
     space = (ctypes.c_ubyte * 192)()
     aligned = (ctypes.addressof(space) + 63) & ~63
     _check(
         _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(aligned), _TYPES[t.dtype], 2, ctypes.c_void_p(t.data_ptr()),
-            (u64 * 2)(t.shape[1], rows), (u64 * 1)(t.stride(0) * t.itemsize),
-            (u32 * 2)(128 // t.itemsize, box_rows), (u32 * 2)(1, 1), 0, _SWIZZLE_128, _PROMOTE_256, 0,
+            ctypes.c_void_p(aligned), _TYPES[dtype], 2, ctypes.c_void_p(address),
+            (u64 * 2)(columns, rows), (u64 * 1)(stride * size),
+            (u32 * 2)(128 // size, box_rows), (u32 * 2)(1, 1), 0, _SWIZZLE_128, _PROMOTE_256, 0,
         ),
-        f"a tensor map of {rows} x {t.shape[1]}, {t.stride(0)} apart",
+        f"a tensor map of {rows} x {columns}, {stride} apart",
     )  # fmt: skip
     ctypes.memmove(ctypes.byref(found), aligned, 128)
     return found
 
 
-def _need_context() -> None:
+def need_context() -> None:
     """Threads of autograd may have a device and no context yet."""
     context = ctypes.c_void_p()
     _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "the current context")

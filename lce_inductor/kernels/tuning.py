@@ -6,7 +6,10 @@ NOTES.md has the measurements. A GPU that is not here has no anchored softmax; s
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 
 class Tiles(NamedTuple):
@@ -35,10 +38,6 @@ TABLE: dict[tuple[tuple[int, int], str], tuple[tuple[float, Tiles], ...]] = {
     ((9, 0), "sums"): ((float("inf"), WIDE._replace(group=8, stages=4)),),
 }
 
-# Where dW comes from hopper_dw.cuh and not from the library: nowhere yet. Its first form, which added to dW by `red`,
-# was right and no faster (NOTES.md); the present one, which leaves that to the copy engine, has not run on a GPU.
-OWN_DW: frozenset[tuple[int, int]] = frozenset()
-
 # Under the interpreter: the smallest sizes that still make several tiles of everything.
 INTERPRETED = Tiles(16, 32, 16, split=2, group=2, warps=4, stages=1, per_sm=1, flatten=False)
 
@@ -52,3 +51,8 @@ def tiles(capability: tuple[int, int] | None, product: str, inner: int) -> Tiles
     if capability is None:
         return INTERPRETED
     return next(t for limit, t in TABLE[capability, product] if inner <= limit)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

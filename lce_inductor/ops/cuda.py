@@ -12,7 +12,6 @@ product has `out=`, which ambient autocast leaves alone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -79,7 +78,7 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
         from ..kernels import anchored
 
         with _device(a.x):
-            return anchored.backward(a, lse.float(), _float(grads), mask)
+            return anchored.backward(a, lse, grads, mask)
     found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
     if neg_entropy is not None:
         found = found._replace(neg_entropy=neg_entropy.contiguous())
@@ -95,7 +94,7 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
         from ..kernels import anchored
 
         with _device(a.x):
-            wide, dx, dw, db = anchored.with_grad(a, stats, _float(grads), mask)
+            wide, dx, dw, db = anchored.with_grad(a, stats, grads, mask)
         _assert_targets(a.target, a.weight.shape[0])
         return _wide_lse(wide), dx, dw, db
     needed = stats
@@ -114,12 +113,6 @@ def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Sta
 
 def _wide_lse(found: Stats) -> Stats:
     return found._replace(lse=found.lse.double())
-
-
-def _float(grads: RowGrads) -> RowGrads:
-    """The anchored kernels compute in fp32 throughout."""
-    fields = (getattr(grads, f.name) for f in dataclasses.fields(grads))
-    return RowGrads(*(None if g is None else g.float() for g in fields))
 
 
 def _is_anchored(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> bool:

@@ -1,0 +1,143 @@
+"""Launches of anchored_kernels.py: the anchored softmax where hopper.py's kernels are not to be had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..ops.chunking import ceil_div
+from ..ops.products import product
+from . import anchored_kernels as kernels
+from . import tuning
+from .rows import flatten
+
+if TYPE_CHECKING:
+    from .anchored import Head
+
+# Rows that share a mark "one of these is saturated".
+_PAIR = 256
+
+
+class Launches:
+    """The launches of one call (`Head` in anchored.py), by their places in it."""
+
+    def __init__(self, head: Head) -> None:
+        h = self._head = head
+        self._capability = _capability(h.x)
+        t = self._tiles = tuning.tiles(self._capability, "logits" if h.e is not None else "sums", h.H)
+        self._steps = flatten(h.steps)
+        self._x_desc = _descriptor(h.x, t.rows, t.depth)
+        self._w_desc = _descriptor(h.weight, t.columns, t.depth)
+        self._e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)
+        # A chunk's marks: whether any row is saturated, then whether one of each _PAIR rows is.
+        marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, _PAIR)
+        self._marks = h.x.new_zeros(marks, dtype=torch.int32)
+
+    def prepare_gradients(self) -> None:
+        """Nothing: each launch takes what is there."""
+
+    def anchors(self) -> None:
+        h = self._head
+        kernels.anchor_kernel[(h.N,)](
+            h.x, h.x.stride(0), h.weight, h.weight.stride(0), h.bias, h.target, h.stride_t,
+            h.V, h.H, h.anchor, h.target_logit if h.target is not None else None, h.raw,
+            h.class_sum, h.sum_logits, h.shift,
+            SAMPLES=h.samples, STEPS=self._steps, BLOCK_H=_block(h.H), num_warps=4 if h.H > 256 else 1,
+        )  # fmt: skip
+
+    def product(self, row0: int, n: int, redo: bool) -> None:
+        h, t = self._head, self._tiles
+        compiled = self._capability is not None
+        programs = ceil_div(n, t.rows) * h.tiles
+        most = tuning.multiprocessors(h.x.device) * t.per_sm if compiled else 3
+        kernels.logits_kernel[(min(programs, most),)](
+            self._x_desc, self._w_desc, self._e_desc,
+            h.lse if h.known else h.anchor, h.bias, h.target, h.stride_t,
+            h.sums, h.maxima, h.plan.rows, h.row_max, h.flag, self._found(row0),
+            n, row0, h.V, h.H,
+            STEPS=self._steps, STORE=h.e is not None, SUM=not h.known, REDO=redo,
+            COMPILED=compiled, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth, SPLIT=t.split,
+            GROUP=t.group, FLATTEN=t.flatten and not redo, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+    def normalise(self, row0: int, n: int, redo: bool) -> None:
+        h, g, block = self._head, self._head.grads, 8
+        kernels.normalise_kernel[(ceil_div(n, block),)](
+            h.sums, h.maxima, h.plan.rows, h.tiles, h.row_max, h.flag, self._found(row0),
+            h.anchor, h.raw, h.target, h.stride_t, h.lse,
+            g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
+            None if h.target is None else g.target, _stride(g.target), h.u, h.d, n, row0, h.V,
+            STEPS=self._steps, KNOWN=h.known, GRAD=h.d is not None, REDO=redo, PAIR=_PAIR, BLOCK_N=block,
+            BLOCK_T=128, num_warps=4,
+        )  # fmt: skip
+
+    def spread(self, row0: int, n: int, tail: int) -> None:
+        h = self._head
+        assert h.e is not None
+        block = min(_block(h.H), 1024)
+        kernels.spread_kernel[(n, ceil_div(h.H, block))](
+            h.product, h.e, h.e.stride(0), h.x, h.x.stride(0), h.weight, h.weight.stride(0),
+            h.target, h.stride_t, h.u, h.d, h.grads.sum, _stride(h.grads.sum), h.class_sum,
+            h.dx, h.xs, row0, h.V, h.H,
+            TAIL=tail, SLOPE=h.slope, BLOCK_H=block, num_warps=4 if block > 256 else 1,
+        )  # fmt: skip
+
+    def weight_gradient(self, n: int, accumulate: bool) -> None:
+        """dW (+)= E^T xs. Products of the library: Triton's own were slower (NOTES.md)."""
+        h = self._head
+        assert h.e is not None and h.dw is not None and h.xs is not None
+        # As in _gradients, the last few classes apart.
+        whole = h.V - h.V % 8 if h.V >= 8 else 0
+        for c in (slice(0, whole), slice(whole, h.V)):
+            if c.start < c.stop:
+                product(h.dw[c], h.e[:n, c].t(), h.xs[:n], accumulate=accumulate)
+
+    def collect(self, key: Tensor, order: Tensor, ends: Tensor) -> None:
+        h = self._head
+        block = min(_block(h.H), 1024)
+        kernels.collect_kernel[(h.N, ceil_div(h.H, block))](
+            key, order, ends, h.x, h.x.stride(0), h.d, h.dw, h.db, h.V, h.H,
+            BLOCK_R=8, BLOCK_H=block, num_warps=4 if block > 256 else 1,
+        )  # fmt: skip
+
+    def _found(self, row0: int) -> Tensor:
+        return self._marks[row0 // self._head.plan.rows]
+
+
+def tiles(head: Head) -> int:
+    """Tiles that a row of logits is cut into."""
+    return ceil_div(head.V, tuning.tiles(_capability(head.x), "logits", head.H).columns)
+
+
+def column_sums(m: Tensor, scale: Tensor | None) -> Tensor:
+    """sum over rows of scale[row] * m[row], fp32 [columns], in a fixed order."""
+    rows, columns = m.shape
+    block = 256
+    across = ceil_div(columns, block)
+    splits = min(max(512 // across, 1), ceil_div(rows, 32))
+    out = m.new_empty(splits, columns, dtype=torch.float32)
+    kernels.column_sums_kernel[(across, splits)](
+        m, m.stride(0), scale, _stride(scale), out, rows, columns, ceil_div(rows, splits),
+        BLOCK_R=16, BLOCK_C=block, num_warps=4,
+    )  # fmt: skip
+    return out.sum(0)
+
+
+def _capability(t: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(t.device) if t.is_cuda else None
+
+
+def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _block(H: int) -> int:
+    return min(triton.next_power_of_2(max(H, 16)), 2048)
