@@ -36,10 +36,12 @@ def row_stats(a: HeadArgs, stats: int) -> Stats:
     return Stats(*ops.row_stats(*tensors, unparse(a.epilogue), stats, *plan))
 
 
-def with_grad(a: HeadArgs, stats: int, g: RowGrads, mask: tuple[bool, bool, bool]) -> list[torch.Tensor]:
+def with_grad(
+    a: HeadArgs, stats: int, g: RowGrads, mask: tuple[bool, bool, bool], wide: bool = False
+) -> list[torch.Tensor]:
     tensors, plan = flat(a)
     grads = (g.lse, g.lse_slope, g.target, g.sum, g.neg_entropy)
-    return list(ops.row_stats_with_grad(*tensors, *grads, unparse(a.epilogue), stats, *plan, mask))
+    return list(ops.row_stats_with_grad(*tensors, *grads, unparse(a.epilogue), stats, *plan, mask, wide))
 
 
 def backward(a: HeadArgs, found: Stats, g: RowGrads, mask: tuple[bool, bool, bool]) -> list[torch.Tensor]:
@@ -311,15 +313,25 @@ def test_opcheck(name):
     opcheck(getattr(ops, name.partition("-")[0]).default, opcheck_arguments()[name])
 
 
+def test_wide_gradients_are_those_before_rounding():
+    a, g = rows_cases.make(Case(bias=True, dtype=torch.bfloat16, chunk_tokens=2), "cpu")
+    *_, dx, dw, db = with_grad(a, LSE | TARGET, g, (True, True, True), wide=True)
+    assert (dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    narrow = with_grad(a, LSE | TARGET, g, (True, True, True))[6:]
+    assert all(t.bfloat16().equal(n) for t, n in zip((dx, dw, db), narrow, strict=True))
+    assert not dw.equal(dw.bfloat16().float())
+
+
 @pytest.mark.parametrize("dtype", rows_cases.DTYPES, ids=str)
-def test_fake_results_are_like_the_real_ones(dtype):
+@pytest.mark.parametrize("wide", [False, True])
+def test_fake_results_are_like_the_real_ones(dtype, wide):
     """Shapes, dtypes and strides: Inductor allocates by them."""
     a, g = rows_cases.make(Case(K=2, bias=True, strided=True, dtype=dtype, grads=GRADS), "cpu")
-    real = with_grad(a, ALL, g, (True, True, True))
+    real = with_grad(a, ALL, g, (True, True, True), wide)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = with_grad(
             HeadArgs(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in vars(a).values())),
-            ALL, RowGrads(*(mode.from_tensor(t) for t in vars(g).values())), (True, True, True),
+            ALL, RowGrads(*(mode.from_tensor(t) for t in vars(g).values())), (True, True, True), wide,
         )  # fmt: skip
     assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
 

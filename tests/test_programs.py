@@ -92,13 +92,23 @@ def check(p: Program) -> None:
     missing = [i for i, (f, e) in enumerate(zip(found, eager, strict=True)) if f is None and e is not None]
     assert not missing, f"{p}: no gradients {missing}"
     exact = eager if p.dtype == "fp64" else p.train(p, torch.float64)
-    for f, e, r in zip(*_zeros_for_none(found, eager, exact), strict=True):
-        _assert_close(p, f, e, r)
+    try:
+        _assert_all_close(p, found, eager, exact)
+    except AssertionError:
+        if p.dtype == "fp64":
+            raise
+        # Where bf16 numbers cancel, torch.compile alone may be as far from eager: its roundings are not eager's.
+        _assert_all_close(p, found, compiled(p)[1], exact)
     if all(heads == p.heads for heads in fn.heads) and p.outputs != "logits":
         assert largest < B * T * (V - 3), f"{p}: logits are held"
     assert changed, p
     if not counts["rewritten"] and any(changed):  # else what follows the passes is torch.compile alone
         assert_same_bits(found, compiled(p)[1])
+
+
+def _assert_all_close(p: Program, *runs: Sequence[Tensor | None]) -> None:
+    for found, eager, exact in zip(*_zeros_for_none(*runs), strict=True):
+        _assert_close(p, found, eager, exact)
 
 
 def _assert_close(p: Program, found: Tensor | None, eager: Tensor | None, exact: Tensor | None) -> None:
@@ -149,7 +159,16 @@ def test_random_programs(request: pytest.FixtureRequest) -> None:
         Program(("masked classes",), (("picked probability", ""),)),
         Program(("masked classes",), (("one-hot", ""),)),
         Program(("masked classes", "class bias"), (("mean", ""),)),
+        Program(("masked classes", "capped"), (("nll", "after log_softmax"),), head="matmul and bias"),
         Program(losses=(("one row", ""),), frozen=frozenset({"weight"}), dynamic=True),
+        Program(
+            ("plus", "plus in place", "shifted", "shifted"),
+            (("sum", "no_grad"), ("by hand", "no_grad")),
+            head="tied",
+            second="same weight",
+            outputs="logits",
+            dtype="bf16",
+        ),
     ],
     ids=str,
 )

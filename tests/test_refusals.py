@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Fn]] = {
         "a bias behind masked classes": lambda x, w, y: F.cross_entropy(
             linear(x, w).masked_fill(torch.arange(V) < 3, -torch.inf) + w[:, 0], y
         ),
+        "a cap behind masked classes": lambda x, w, y: F.cross_entropy(
+            3 * torch.tanh(linear(x, w).masked_fill(torch.arange(V) < 3, -torch.inf) / 3), y
+        ),
         "no rule": lambda x, w, y: F.cross_entropy(F.linear(x, w).erf(), y),
         "another reader": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.sin().sum())(F.linear(x, w)),
         "sorted": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.sort(-1).values[:, 0].sum())(F.linear(x, w)),

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
 from lce_inductor.chain import takes_lists
+from lce_inductor.schedule import rewrite
 
 Fn = Callable[..., object]
 
@@ -421,6 +422,43 @@ def test_dynamic_rows(name, installed):
         args = [torch.cat([x.detach()] * times).requires_grad_(), w, y.repeat(times), s, m.repeat(times)]
         check_results(fn, args, results(compiled, fresh(args)))
     assert name == "mean of sequences" or compiled.gradients == ["forward"]
+
+
+# -- sums in fp32
+
+
+def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monkeypatch):
+    """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
+    seen = []
+    monkeypatch.setattr(rewrite, "_is_summed_wide", lambda *a: not seen.append(a))
+    fn = lambda x, w, y: 3 * cross_entropy(x, w, y)
+    args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
+    compiled = Compiled(fn)
+    compiled(*args).backward()
+    assert len(seen) == 1 and compiled.gradients == ["forward"]
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    fn(*exact).backward()
+    for found, want in zip(args[:2], exact[:2], strict=True):
+        assert found.grad.dtype == torch.bfloat16
+        assert (found.grad - want.grad).norm() < 1e-2 * want.grad.norm()
+    casts = [line.rpartition(", ")[0] for line in compiled.graphs[1].text.splitlines() if "convert_element" in line]
+    assert [cast.endswith("float32)") for cast in casts] == [True, False, False]  # dX, then both after the tangent
+
+
+@pytest.mark.parametrize(
+    "device, dtype, N, chunk_tokens, wide",
+    [
+        ("cuda", torch.bfloat16, 9000, 0, True),
+        ("cuda", torch.bfloat16, 2000, 0, False),
+        ("cuda", torch.bfloat16, 2000, 500, True),
+        ("cuda", torch.float32, 9000, 0, False),
+        ("cpu", torch.bfloat16, 9000, 0, False),
+    ],
+)
+def test_where_dw_is_summed_in_fp32(device, dtype, N, chunk_tokens, wide):
+    with torch._subclasses.FakeTensorMode():
+        x, w = (torch.empty(n, 64, dtype=dtype, device=device) for n in (N, 5000))
+    assert rewrite._is_summed_wide(x, w, chunk_tokens, 1 << 30) == wide
 
 
 # -- the graphs

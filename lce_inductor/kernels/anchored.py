@@ -29,7 +29,7 @@ from torch import Tensor
 from ..ops.chunking import ChunkPlan, ceil_div, plan
 from ..ops.epilogue import Steps, reciprocal
 from ..ops.products import product
-from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats
+from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from . import anchored_triton, hopper
 
 Mask = tuple[bool, bool, bool]
@@ -56,18 +56,18 @@ def forward(a: HeadArgs, stats: int) -> Stats:
 def with_grad(
     a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics and gradients with three products; wide: dW and db stay in fp32."""
+    """Statistics and gradients with three products; wide: dW and db in fp32."""
     head = Head(a, stats)
-    gradients = _gradients(head, grads, mask, wide)
+    gradients = _gradients(head, grads, mask, grad_dtype(a.x.dtype, wide))
     return (head.stats(), *gradients)
 
 
 def backward(a: HeadArgs, lse: Tensor, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
     """Gradients from the forward's lse, by computing the logits again."""
-    return _gradients(Head(a, 0, lse.float().contiguous()), grads, mask, False)
+    return _gradients(Head(a, 0, lse.float().contiguous()), grads, mask, a.x.dtype)
 
 
-def _gradients(head: Head, grads: RowGrads, mask: Mask, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     assert mask[1] or not mask[2]
     a, N, V = head.a, head.N, head.V
     p = plan(N, head.H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda")
@@ -96,7 +96,7 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, wide: bool) -> tuple[Ten
     if head.dw is not None and N:
         head.collect()
     dx, dw, db = (a.x.new_empty(0) if t is None else t for t in (head.dx, head.dw, head.db))
-    return (dx, dw, db) if wide else (dx, dw.to(a.x.dtype), db.to(a.x.dtype))
+    return dx, dw.to(dtype), db.to(dtype)
 
 
 class Head:
@@ -106,7 +106,7 @@ class Head:
 
     Attributes:
         anchor, raw, d: [N], as the kernels say; u, row_max, flag: [rows].
-        sums, maxima: [tiles, rows], of E and of the logits in each column tile.
+        sums, maxima: [tiles * rows], of E and of the logits in each column tile.
         e: [rows, row_stride], E of a chunk. product: [rows, H], E @ weight. xs: [rows, H], u x.
         class_sum, shift: [H] and [2], for the rows' sums of logits.
     """
@@ -145,10 +145,12 @@ class Head:
         self.plan, self.e = p, e
         if self.N == 0:
             return
-        self.anchor, self.raw = self.f32(2, self.N).unbind()
-        self.u, self.row_max = self.f32(2, p.rows).unbind()
-        self.flag = self.a.x.new_empty(p.rows, dtype=torch.int32)
-        self.sums, self.maxima = (None, None) if self.known else self.f32(2, self.tiles, p.rows).unbind()
+        # One allocation: until the first product is launched, every microsecond of the host is one of the GPU's.
+        parts = 0 if self.known else self.tiles * p.rows
+        sizes = [self.N, self.N, p.rows, p.rows, p.rows, parts, parts]
+        self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = self.f32(sum(sizes)).split(sizes)
+        self.flag = flag.view(torch.int32)
+        self.sums, self.maxima = (None, None) if self.known else (sums, maxima)
         if self.sum_logits is not None:
             c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
             c = c.float()

@@ -39,7 +39,7 @@ _INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
 
 
 def _fields(text: str) -> tuple[tuple[str, type], ...]:
-    """"name kind, name kind": the fields of a struct in the order of the .cuh file."""
+    """Fields of a struct in the order of the .cuh file, given as "name name kind, name kind"."""
     kinds = {"int": _INT, "i64": _LONG, "ptr": _POINTER, "float": _FLOAT}
     return tuple((name, kinds[kind]) for names, kind in (part.rsplit(" ", 1) for part in text.split(", "))
                  for name in names.split(" "))  # fmt: skip
@@ -189,9 +189,18 @@ def _kernels(variants: tuple[Variant, ...], steps: Steps, device: int) -> _Kerne
     sources = [rows_source(steps), *map(source, variants)]
     with concurrent.futures.ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
         rows, *products = pool.map(nvrtc.compile, sources)
-    small = nvrtc.load(rows, {name: 0 for name in _Kernels._fields[1:]})
+    small = nvrtc.load(rows, dict.fromkeys(_Kernels._fields[1:], 0))
     found = [nvrtc.load(p, {"product": v.shared_bytes})["product"] for p, v in zip(products, variants)]
     return _Kernels(tuple(found), **small)
+
+
+@functools.lru_cache(maxsize=128)
+def _variants(bias: bool, target: bool, store: bool, known: bool, steps: Steps) -> tuple[Variant, ...]:
+    """The first product, the same for saturated rows unless the anchor is known, and dW last if E is stored."""
+    flags = {"HAS_BIAS": bias, "HAS_STEPS": bool(steps), "HAS_TARGET": target, "STORE": store, "SUM": not known}
+    first = Variant(frozenset(flag for flag, here in flags.items() if here), steps)
+    again = () if known else (first._replace(flags=first.flags | {"REDO"}),)
+    return (first, *again, *((_DW,) if store else ()))
 
 
 class Launches:
@@ -204,14 +213,8 @@ class Launches:
     def __init__(self, head: Head) -> None:
         h, device = head, head.x.device
         self._head = head
-        inputs = {"HAS_BIAS": h.bias is not None, "HAS_STEPS": bool(h.steps), "HAS_TARGET": h.target is not None}
-        given = frozenset(flag for flag, here in inputs.items() if here)
-        store = frozenset() if h.e is None else frozenset({"STORE"})
-        runs = [store] if h.known else [store | {"SUM"}, store | {"SUM", "REDO"}]
-        variants = [Variant(given | flags, h.steps) for flags in runs]
-        if h.e is not None:
-            variants.append(_DW)
-        self._kernels = _kernels(tuple(variants), h.steps, device.index)
+        variants = _variants(h.bias is not None, h.target is not None, h.e is not None, h.known, h.steps)
+        self._kernels = _kernels(variants, h.steps, device.index)
         self._stream = torch.cuda.current_stream(device).cuda_stream
         self._clusters = tuning.multiprocessors(device) // 2
         nvrtc.need_context()
@@ -222,10 +225,10 @@ class Launches:
             N=h.N, H=h.H, V=h.V, samples=h.samples, tiles=h.tiles, marks=marks.numel(), marked=_address(marks),
             x=_address(h.x), stride_x=h.x.stride(0), weight=_address(h.weight), stride_w=h.weight.stride(0),
             bias=_address(h.bias), target=_address(h.target), stride_t=h.stride_t, anchor=_address(h.anchor),
-            raw=_address(h.raw), target_logit=_address(None if h.target is None else h.target_logit), class_sum=_address(h.class_sum),
-            shift=_address(h.shift), sum_logits=_address(h.sum_logits), sums=_address(h.sums),
-            maxima=_address(h.maxima), part_stride=h.plan.rows, row_max=_address(h.row_max), flag=_address(h.flag),
-            lse=_address(h.lse),
+            raw=_address(h.raw), target_logit=_address(None if h.target is None else h.target_logit),
+            class_sum=_address(h.class_sum), shift=_address(h.shift), sum_logits=_address(h.sum_logits),
+            sums=_address(h.sums), maxima=_address(h.maxima), part_stride=h.plan.rows, row_max=_address(h.row_max),
+            flag=_address(h.flag), lse=_address(h.lse),
         )  # fmt: skip
         self._logits = LogitsArguments(
             columns=h.V, inner=h.H, anchor=r.lse if h.known else r.anchor, bias=r.bias, target=r.target,

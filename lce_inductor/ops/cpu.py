@@ -24,6 +24,7 @@ from .types import (
     HeadArgs,
     RowGrads,
     Stats,
+    grad_dtype,
     lse_dtype,
     stat_dtype,
 )
@@ -60,13 +61,15 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
     return out.result()
 
 
-def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics and gradients of each chunk while its logits are there."""
+def with_grad(
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+) -> tuple[Stats, Tensor, Tensor, Tensor]:
+    """Statistics and gradients of each chunk while its logits are there; wide: dW and db in fp32."""
     asked = stats
     stats |= LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0)
     rows_out = _Rows(a, stats)
     found, logits = rows_out.stats, _Logits(a)
-    out = _Grads(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype, len(logits))
+    out = _Grads(a, mask, grad_dtype(a.weight.dtype, wide), len(logits))
     for rows, z in logits:
         for part, block in _blocks(rows, z):
             y, slope = apply_with_slope(a.epilogue, _wide(a, block))
@@ -295,5 +298,6 @@ class _Grads:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.first:  # no rows, no chunk
             self.dw.zero_()
-        dw = self.part.copy_(self.dw) if self.rounded and not self.first else self.dw.to(self.dtype)
+        reuse = self.rounded and not self.first and self.dtype == self.part.dtype
+        dw = self.part.copy_(self.dw) if reuse else self.dw.to(self.dtype)
         return self.dx, dw, self.db

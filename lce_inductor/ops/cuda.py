@@ -32,6 +32,7 @@ from .types import (
     HeadArgs,
     RowGrads,
     Stats,
+    grad_dtype,
     lse_dtype,
     stat_dtype,
 )
@@ -88,23 +89,24 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
     return out.result()
 
 
-def with_grad(a: HeadArgs, stats: int, grads: RowGrads, mask: Mask) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics, and gradients while each chunk's logits are there: three products."""
+def with_grad(
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+) -> tuple[Stats, Tensor, Tensor, Tensor]:
+    """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32."""
     if _is_anchored(a, stats, grads, mask):
         from ..kernels import anchored
 
         with _device(a.x):
-            wide, dx, dw, db = anchored.with_grad(a, stats, grads, mask)
+            rows, dx, dw, db = anchored.with_grad(a, stats, grads, mask, wide)
         _assert_targets(a.target, a.weight.shape[0])
-        return _wide_lse(wide), dx, dw, db
+        return _wide_lse(rows), dx, dw, db
     needed = stats
     if grads.neg_entropy is not None:
         needed |= NEG_ENTROPY | LSE
     if grads.lse is not None or grads.lse_slope is not None:
         needed |= LSE
     found = _empty_stats(a, needed)
-    # Normalised row gradients are near one: their sum over rows may pass the largest fp16 number.
-    out = _Gradients(a, mask, torch.float32 if a.weight.dtype == torch.float16 else a.weight.dtype)
+    out = _Gradients(a, mask, grad_dtype(a.weight.dtype, wide))
     _run(a, needed, found, grads if any(mask) and not grads.all_none() else None, out)
     nothing = _empty_stats(a, 0)
     asked = (LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX)
@@ -261,5 +263,6 @@ def _assert_targets(target: Tensor | None, V: int) -> None:
 
 
 def _device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """Launches go to the current device, which need not be the tensor's."""
+    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if here else torch.cuda.device(t.device)

@@ -4,7 +4,8 @@ Three ops on flat rows do the work; the passes put them, or the composite ops be
 
     row_stats            statistics of the logits' rows, never the logits; its backward is row_stats_backward
     row_stats_backward   gradients by recomputing the logits chunk by chunk (4 matrix products in all)
-    row_stats_with_grad  statistics and gradients in one go, row gradients known beforehand (3 products)
+    row_stats_with_grad  statistics and gradients in one go, row gradients known beforehand (3 products); wide: dW and
+                         db in fp32, for a caller that has to multiply them once more
 
 Composite ops (traced through by AOTAutograd, visible in pre-grad graphs):
 
@@ -26,7 +27,20 @@ from torch.autograd import forward_ad
 
 from . import composite, cpu
 from .epilogue import parse
-from .types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, HeadArgs, RowGrads, Stats, lse_dtype, stat_dtype
+from .types import (
+    ARGMAX,
+    LSE,
+    MAX,
+    NEG_ENTROPY,
+    SUM,
+    TARGET,
+    HeadArgs,
+    RowGrads,
+    Stats,
+    grad_dtype,
+    lse_dtype,
+    stat_dtype,
+)
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
 _PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
@@ -41,7 +55,8 @@ _lib.define(
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, Tensor? g_lse, Tensor? g_lse_slope, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
+    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, "
+    "Tensor db)"
 )
 _lib.define(
     "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
@@ -95,13 +110,13 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
 
 def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
 ):  # fmt: skip
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
-    found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask))
-    return _distinct((*found, dx, dw, db.to(grad_dtype(weight if bias is None else bias))))
+    found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask), wide)
+    return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
 
 
 def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -151,13 +166,13 @@ def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
 
 
 def _fake_grads(  # type: ignore[no-untyped-def]
-    x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, wide_half: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, wide: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def like(t: Tensor, needed: bool, wide: bool) -> Tensor:
-        return x.new_empty(t.shape if needed else (0,), dtype=grad_dtype(t) if wide else t.dtype)
+    def like(t: Tensor, needed: bool, wide: bool | None = None) -> Tensor:
+        return x.new_empty(t.shape if needed else (0,), dtype=t.dtype if wide is None else grad_dtype(t.dtype, wide))
 
-    db = like(weight if bias is None else bias, output_mask[2] and bias is not None, wide_half)
-    return like(x, output_mask[0], False), like(weight, output_mask[1], wide_half), db
+    db = like(weight if bias is None else bias, output_mask[2] and bias is not None, wide)
+    return like(x, output_mask[0]), like(weight, output_mask[1], wide), db
 
 
 def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
@@ -168,23 +183,14 @@ def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
-    return _fake_grads(x, weight, bias, output_mask, wide_half=False)
+    return _fake_grads(x, weight, bias, output_mask, None)
 
 
 def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
 ):  # fmt: skip
-    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide_half=True))
-
-
-def grad_dtype(weight: Tensor) -> torch.dtype:
-    """dtype of dW and db from row_stats_with_grad.
-
-    fp16 row gradients come normalised to a maximum of one, and their sum over rows may pass fp16's 65504:
-    those stay fp32 until the real scale is multiplied in.
-    """
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -30,6 +30,16 @@ def lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def grad_dtype(weight: torch.dtype, wide: bool) -> torch.dtype:
+    """dtype of dW and db from row_stats_with_grad.
+
+    fp16 row gradients come normalised to a maximum of one, and their sum over rows may pass fp16's 65504:
+    those stay fp32 until the real scale is multiplied in. wide: so do those of bf16.
+    """
+    half = (torch.float16, torch.bfloat16) if wide else (torch.float16,)
+    return torch.float32 if weight in half else weight
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadArgs:
     """One linear head: `Y = epilogue(x @ weight.T + bias)`, never held as a whole.

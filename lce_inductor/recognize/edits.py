@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from .forms import Edit
 
 _NUMBER = ("mul", "div", "add", "tanh", "sigmoid", "rsqrt_cap")
-# Under the first four, -inf changes its sign or becomes NaN; a bias behind the mask has a gradient at masked labels.
-_AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap", "bias")
+# Under the first four, -inf changes its sign or becomes NaN, under the next two it becomes finite; a bias behind the
+# mask has a gradient at masked labels.
+_AGAINST_MASKS = ("class_scale", "scale", "inverse_scale", "rsqrt_cap", "tanh", "sigmoid", "bias")
 
 
 class Folded(NamedTuple):
