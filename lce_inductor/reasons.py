@@ -79,6 +79,11 @@ _ROWS = (
         "install(min_logits_bytes=0) rewrites heads of every size",
     ),
     Reason(
+        "one-chunk",
+        "all tokens fit one chunk: torch.compile alone needs no more memory, and one pass over dW less",
+        "install(min_logits_bytes=0) rewrites heads of every size, chunk_tokens=... makes smaller chunks",
+    ),
+    Reason(
         "returned-loss-free",
         "the logits are returned and no loss in this graph reads them",
         "none: the caller wants the logits",

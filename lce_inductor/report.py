@@ -174,7 +174,7 @@ def records_of(graph: Any, plans: list[Any], config: Any) -> list[HeadRecord]:
                 stop="" if refusal is None else _stop(refusal),
                 replaced=tuple(plan.replaced_nodes),
                 inserted=tuple(n.format_node() or n.name for n in plan.new_nodes),
-                plan=_chunks(head, known, config),
+                plan=_chunks(head, config),
                 losses=losses,
                 trains=known.requires_grad,
             )
@@ -182,19 +182,11 @@ def records_of(graph: Any, plans: list[Any], config: Any) -> list[HeadRecord]:
     return found + [_homeless(node, logits) for node, logits in homeless]
 
 
-def _chunks(head: Any, known: Any, config: Any) -> str:
+def _chunks(head: Any, config: Any) -> str:
     """The chunk plan in words."""
-    from .ops.chunking import plan as chunk_plan
-    from .recognize.values import info, numel_hint, size_hint
+    from .recognize.walk import chunks_of
 
-    x = info(head.x)
-    tokens, hidden = numel_hint(known.shape[:-1]), size_hint(x.shape[-1]) if x is not None else 0
-    value = head.node.meta.get("example_value", head.node.meta.get("val"))
-    device = getattr(getattr(value, "device", None), "type", "cpu")
-    chunks = chunk_plan(
-        tokens, hidden, size_hint(head.num_classes), known.dtype.itemsize, config.chunk_tokens or 0,
-        config.workspace_bytes, device=device,
-    )  # fmt: skip
+    chunks = chunks_of(head, config)
     return f"{chunks.count} chunks of {chunks.rows} tokens"
 
 

@@ -14,7 +14,7 @@ import lce_inductor
 from lce_inductor import Config
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.reasons import REASONS, refuse
-from lce_inductor.recognize import recognize
+from lce_inductor.recognize import recognize, walk
 
 Fn = Callable[..., object]
 
@@ -143,6 +143,7 @@ ELSEWHERE |= {
     "no-head",
     "graph-break",
     "loss-outside",
+    "one-chunk",
     "not-installed",
     "hooks-replaced",
     "other-backend",
@@ -342,6 +343,32 @@ def test_a_failure_inside_a_pass_leaves_a_working_compile(where, when, installed
     assert compiled.refusals == {"internal-error": 1}
     (warning,) = [r.getMessage() for r in caplog.records if "internal-error" in r.getMessage()]
     assert "ValueError: out of luck" in warning
+
+
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        ({"min_logits_bytes": 1}, True),
+        ({"min_logits_bytes": 0}, False),
+        ({"min_logits_bytes": 1, "chunk_tokens": N - 1}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["trains", "returned", "no_grad"])
+def test_one_chunk(settings, refused, kind, monkeypatch):
+    """On a GPU only, and only where torch.compile alone would not hold more."""
+    monkeypatch.setattr(walk, "device_type", lambda node: "cuda")
+
+    def fn(x, w, y):
+        z = F.linear(x, w)
+        return (F.cross_entropy(z, y), z) if kind == "returned" else F.cross_entropy(z, y)
+
+    with lce_inductor.installed(**settings), torch.set_grad_enabled(kind != "no_grad"):
+        compiled = Compiled(fn)
+        args = head()
+        found = compiled(*args)
+    torch.testing.assert_close(found, fn(*args))
+    assert compiled.refusals == ({"one-chunk": 1} if refused and kind == "trains" else {})
 
 
 # -- the table

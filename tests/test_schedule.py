@@ -442,7 +442,7 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monke
         assert found.grad.dtype == torch.bfloat16
         assert (found.grad - want.grad).norm() < 1e-2 * want.grad.norm()
     casts = [line.rpartition(", ")[0] for line in compiled.graphs[1].text.splitlines() if "convert_element" in line]
-    assert [cast.endswith("float32)") for cast in casts] == [True, False, False]  # dX, then both after the tangent
+    assert sum(cast.endswith("float32)") for cast in casts) == 1  # dX's alone
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monke
 )
 def test_where_dw_is_summed_in_fp32(device, dtype, N, chunk_tokens, wide):
     with torch._subclasses.FakeTensorMode():
-        x, w = (torch.empty(n, 64, dtype=dtype, device=device) for n in (N, 5000))
+        x, w = (torch.empty(n, 64, dtype=dtype, device=device) for n in (N, 50000))
     assert rewrite._is_summed_wide(x, w, chunk_tokens, 1 << 30) == wide
 
 

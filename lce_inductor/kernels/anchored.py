@@ -150,7 +150,8 @@ class Head:
         sizes = [self.N, self.N, p.rows, p.rows, p.rows, parts, parts]
         self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = self.f32(sum(sizes)).split(sizes)
         self.flag = flag.view(torch.int32)
-        self.sums, self.maxima = (None, None) if self.known else (sums, maxima)
+        self.sums = None if self.known else sums
+        self.maxima = None if self.known else maxima
         if self.sum_logits is not None:
             c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
             c = c.float()

@@ -2,11 +2,12 @@
 
 The automatic policy weighs memory against time (numbers of an H100; `POLICIES` has each device's):
 
-* Every chunk after the first reads and writes dW once more, in fp32. Beside the chunk's matrix products this
-  costs a share that falls as 1/rows, whatever H and V are: about 7% of one product at 4096 rows. So aim for
-  `target_rows`.
-* A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H: when H is small, the chunk is the larger part of
-  the memory. So no more than `rows_per_hidden` * H rows, though never fewer than `least_rows` for this reason.
+* Every chunk costs launches, and one more sum into dW, in fp32. What that is of a step falls with rows and with H:
+  2048 rows a chunk for 4096 cost 8% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
+* A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
+  to `rows_per_hidden` * H rows; beyond, where dW is what counts, it is at most half of dW: H rows. Never fewer than
+  `least_rows` for this reason.
+* A chunk of less than `least_bytes` is not worth its launches.
 * `workspace_bytes` is a limit and always wins.
 * Pieces are equal, rounded up to the tile of the matrix products, so that the last one is no small rest.
 """
@@ -14,6 +15,7 @@ The automatic policy weighs memory against time (numbers of an H100; `POLICIES` 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +24,23 @@ class Policy:
 
     target_rows: int
     least_rows: int
+    least_bytes: int
+    small_hidden: float
     rows_per_hidden: float
     tile: int
     align: int
 
+    def rows(self, H: int, row_bytes: int) -> int:
+        """Rows of a chunk where neither N nor the budget limits them."""
+        for_hidden = int(self.rows_per_hidden * H) if self.small_hidden > H else H
+        return max(min(self.target_rows, max(for_hidden, self.least_rows)), self.least_bytes // row_bytes)
+
 
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(target_rows=4096, least_rows=2048, rows_per_hidden=4.5, tile=256, align=64),
+    "cuda": Policy(4096, 2048, least_bytes=128 << 20, small_hidden=2048, rows_per_hidden=4.5, tile=256, align=64),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
-    "cpu": Policy(target_rows=512, least_rows=512, rows_per_hidden=5, tile=16, align=1),
+    "cpu": Policy(512, 512, least_bytes=0, small_hidden=math.inf, rows_per_hidden=5, tile=16, align=1),
 }
 
 
@@ -67,8 +76,7 @@ def plan(
     if chunk_tokens > 0:
         rows = min(chunk_tokens, within_budget, N)
         return ChunkPlan(rows, ceil_div(N, rows), row_stride)
-    for_hidden = max(int(policy.rows_per_hidden * H), policy.least_rows)
-    limit = min(policy.target_rows, for_hidden, within_budget)
+    limit = min(policy.rows(H, row_stride * itemsize), within_budget)
     if limit >= N:
         return ChunkPlan(N, 1, row_stride)
     if limit >= policy.tile:

@@ -44,9 +44,8 @@ Mask = tuple[bool, bool, bool]
 # GPUs that the anchored softmax is chosen on: those whose layouts kernels/tuning.py has.
 _ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
-# Below these sizes a few launches more cost what the saved pass over the logits gives: its host needs half a
-# millisecond a chunk and more before the first, and at N H V = 3.2e11 a step took twice the products (NOTES.md).
-_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 5e11
+# Below these sizes its launches cost what the saved pass over the logits gives (NOTES.md).
+_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 2e11
 _AFFINE = ("mul", "div", "add")
 
 # Below this many classes an unaligned product costs less than one more launch.
@@ -153,6 +152,8 @@ def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> st
         return "no gradient"
     if mask[2] and not mask[1]:
         return "gradient of the bias without the weight's"
+    if mask[1] and plan(N, H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda").count == 1:
+        return "a single chunk, whose dW needs no sums in fp32"
     return None
 
 

@@ -39,6 +39,12 @@ def info(node: Any) -> Info | None:
     return None
 
 
+def device_type(node: Node) -> str:
+    """Where a node's tensor value lives; "cpu" if unknown."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return str(getattr(getattr(value, "device", None), "type", "cpu"))
+
+
 def same(a: Any, b: Any) -> bool:
     """Are two sizes the same? Never compares SymInts as values: that would add a guard to the user's graph."""
     if isinstance(a, int) and isinstance(b, int):

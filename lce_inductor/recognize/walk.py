@@ -8,6 +8,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..ops.chunking import ChunkPlan
+from ..ops.chunking import plan as plan_chunks
 from ..ops.types import ARGMAX, NEG_ENTROPY, SUM
 from ..reasons import Refusal, refuse
 from . import rules_elementwise, rules_loss, rules_reduce, rules_shape  # noqa: F401  (registers the rules)
@@ -16,7 +18,7 @@ from .effects import Effects
 from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal, captured
 from .rules_head import head_of, ref_info
 from .rules_in_place import in_place
-from .values import info, numel_hint
+from .values import device_type, info, numel_hint, size_hint
 
 
 @dataclasses.dataclass
@@ -176,7 +178,27 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
         if plan.refusal is None and plan.logits_bytes < config.min_logits_bytes:
             detail = f"{plan.logits_bytes} of {config.min_logits_bytes} bytes"
             plan.refusal = refuse("too-small", plan.head.node, detail)
+        if plan.refusal is None and config.min_logits_bytes > 0 and _is_one_chunk(plan, config):
+            plan.refusal = refuse("one-chunk", plan.head.node)
     return walk, plans
+
+
+def chunks_of(head: Head, config: Config) -> ChunkPlan:
+    """How the op will cut the rows of a head's logits, by hint."""
+    known, x = info(head.node), info(head.x)
+    assert known is not None
+    return plan_chunks(
+        numel_hint(known.shape[:-1]), 0 if x is None else size_hint(x.shape[-1]), size_hint(head.num_classes),
+        known.dtype.itemsize, config.chunk_tokens or 0, config.workspace_bytes, device=device_type(head.node),
+    )  # fmt: skip
+
+
+def _is_one_chunk(plan: HeadPlan, config: Config) -> bool:
+    """On a GPU, are all logits of a head that trains, and that are not returned, one chunk?"""
+    known = info(plan.head.node)
+    if known is None or plan.returned or not known.requires_grad or device_type(plan.head.node) != "cuda":
+        return False
+    return chunks_of(plan.head, config).count == 1
 
 
 def _masked_sum(terminal: Terminal) -> bool:
