@@ -183,7 +183,8 @@ def test_more_elements_than_an_int32_counts(which, reduction, gradients):
         return (found * weights).sum() if reduction == "none" else found
 
     workspace = 1 << 30 if chunk is None else 1 << 34
-    with lce_inductor.installed(gradients=gradients, chunk_tokens=chunk, workspace_bytes=workspace):
+    settings = {"min_logits_bytes": 0, "chunk_tokens": chunk, "workspace_bytes": workspace}
+    with lce_inductor.installed(gradients=gradients, **settings):
         found = fresh_compile(loss)(x, w, y)
         found.backward()
         assert counters["lce_inductor"]["rewritten"] == 1

@@ -57,11 +57,12 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     if leaf is not None:
         with graph.inserting_before(backward):
             tangent = _Writer(graph, None).call(ops.once.default, tangent, leaf)
-    for user in list(backward.users):
-        index = user.args[1]
-        with graph.inserting_before(user):
-            gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))  # type: ignore[operator]
-            gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]  # type: ignore[operator]
+    # dW before dX: each exists twice while it is scaled, and the larger one shall be alone.
+    users = [(int(user.args[1]), user) for user in backward.users]  # type: ignore[arg-type]
+    for index, user in sorted(users, key=lambda pair: -pair[0]):
+        with graph.inserting_before(backward):
+            gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))
+            gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]
             _must_save(gradient, merged)
             wide, out = _scaled(graph, gradient, tangent, scale, user)
         user.replace_all_uses_with(out)
