@@ -28,7 +28,7 @@ ROWS = [
 ]  # fmt: skip
 ANCHORED = [
     Case(N=N, H=H, V=V, K=K, bias=bias, dtype=torch.bfloat16, grads=grads, chunk_tokens=chunk, scale=scale)
-    for N, H, V, chunk in ((37, 64, 203, 32), (130, 128, 517, 100), (37, 72, 203, 32))
+    for N, H, V, chunk in ((37, 72, 203, 32), (130, 128, 517, 100))
     for K, grads in ((1, ("lse", "target", "sum")), (0, ("lse",)))
     for bias in (False, True)
     for scale in (3.0, 200.0)  # at 200 rows saturate and are computed again
