@@ -446,18 +446,20 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monke
 
 
 @pytest.mark.parametrize(
-    "device, dtype, N, chunk_tokens, wide",
+    "device, dtype, N, H, V, chunk_tokens, wide",
     [
-        ("cuda", torch.bfloat16, 9000, 0, True),
-        ("cuda", torch.bfloat16, 2000, 0, False),
-        ("cuda", torch.bfloat16, 2000, 500, True),
-        ("cuda", torch.float32, 9000, 0, False),
-        ("cpu", torch.bfloat16, 9000, 0, False),
+        ("cuda", torch.bfloat16, 9000, 64, 50000, 0, True),
+        ("cuda", torch.bfloat16, 2000, 64, 50000, 0, False),
+        ("cuda", torch.bfloat16, 2000, 64, 50000, 500, True),
+        ("cuda", torch.float32, 9000, 64, 50000, 0, False),
+        ("cpu", torch.bfloat16, 9000, 64, 50000, 0, False),
+        ("cuda", torch.bfloat16, 16384, 4096, 128256, 0, True),
+        ("cuda", torch.bfloat16, 81920, 4096, 128256, 0, False),  # 4.2 GiB in the backward for 3.7 in the forward
     ],
 )
-def test_where_dw_is_summed_in_fp32(device, dtype, N, chunk_tokens, wide):
+def test_where_dw_stays_in_fp32(device, dtype, N, H, V, chunk_tokens, wide):
     with torch._subclasses.FakeTensorMode():
-        x, w = (torch.empty(n, 64, dtype=dtype, device=device) for n in (N, 50000))
+        x, w = (torch.empty(n, H, dtype=dtype, device=device) for n in (N, V))
     assert rewrite._is_summed_wide(x, w, chunk_tokens, 1 << 30) == wide
 
 
