@@ -80,7 +80,7 @@ _ROWS = (
     ),
     Reason(
         "one-chunk",
-        "all tokens fit one chunk: torch.compile alone needs no more memory, and one pass over dW less",
+        "all tokens of the only head fit one chunk: torch.compile alone needs no more memory and a pass over dW less",
         "install(min_logits_bytes=0) rewrites heads of every size, chunk_tokens=... makes smaller chunks",
     ),
     Reason(

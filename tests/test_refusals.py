@@ -354,13 +354,15 @@ def test_a_failure_inside_a_pass_leaves_a_working_compile(where, when, installed
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["trains", "returned", "no_grad"])
+@pytest.mark.parametrize("kind", ["trains", "returned", "no_grad", "two heads"])
 def test_one_chunk(settings, refused, kind, monkeypatch):
     """On a GPU only, and only where torch.compile alone would not hold more."""
     monkeypatch.setattr(walk, "device_type", lambda node: "cuda")
 
     def fn(x, w, y):
         z = F.linear(x, w)
+        if kind == "two heads":
+            return F.cross_entropy(z, y) + F.cross_entropy(F.linear(x.sin(), w), y)
         return (F.cross_entropy(z, y), z) if kind == "returned" else F.cross_entropy(z, y)
 
     with lce_inductor.installed(**settings), torch.set_grad_enabled(kind != "no_grad"):

@@ -178,8 +178,10 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
         if plan.refusal is None and plan.logits_bytes < config.min_logits_bytes:
             detail = f"{plan.logits_bytes} of {config.min_logits_bytes} bytes"
             plan.refusal = refuse("too-small", plan.head.node, detail)
-        if plan.refusal is None and config.min_logits_bytes > 0 and _is_one_chunk(plan, config):
-            plan.refusal = refuse("one-chunk", plan.head.node)
+    left = [plan for plan in plans if plan.refusal is None]
+    # Of several heads, torch.compile alone may hold the logits of all at once.
+    if len(left) == 1 and config.min_logits_bytes > 0 and _is_one_chunk(left[0], config):
+        left[0].refusal = refuse("one-chunk", left[0].head.node)
     return walk, plans
 
 
