@@ -88,6 +88,21 @@ return (cross_entropy_default)
     )
 
 
+def test_graph_of_transposed_last_dimensions():
+    """What is written; the attribute itself is another node from torch 2.14 on."""
+    x, w, y = head()
+    x, y = three(x, y)
+    written = show(lambda x, w, y: F.cross_entropy((x @ w.mT).mT, y), x, w, y).partition("->\n")[2]
+    assert_expected_inline(
+        "".join(line for line in written.splitlines(True) if not line.startswith(("getattr", "m_t"))),
+        """\
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
+return (cross_entropy_default)
+""",
+    )
+
+
 def test_graph_of_matmul_with_the_transposed_weight():
     x, w, y = head()
     assert_expected_inline(
