@@ -169,7 +169,6 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
     V = a.weight.shape[0]
     x, weight = _for_products(a.x), _for_products(a.weight)
     bias, class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
-    _assert_targets(a.target, V)
     p = plan(N, H, V, x.element_size(), a.chunk_tokens, a.workspace_bytes, device="cuda")
     columns = _columns(V, x.element_size())
     # As in eager: one rounding for the product and a bias of its dtype together.
@@ -189,6 +188,7 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
             )  # fmt: skip
         if grads is not None and out is not None:
             out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
+    _assert_targets(a.target, V)  # last: half a dozen launches, and until the first product the GPU waits
 
 
 class _Gradients:
