@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import torch
 from rows_cases import SOFTCAP, Case, compare, error, make, whole
@@ -139,3 +140,17 @@ def check_confident(device: str) -> None:
     _, *found = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False))
     assert (exact_stats.lse - exact_stats.target_logit[:, 0]).median() < 1e-3
     compare(BF16, ("dx", "dw"), found, eager, exact, 1.25)
+
+
+def check_nothing_stays_behind(device: str) -> None:
+    """No cycle of references: what a call had is free when it returns, and not when the garbage collector comes."""
+    a, grads = make(BF16, device)
+    gc.collect()
+    gc.disable()
+    try:
+        anchored.forward(a, LSE | TARGET)
+        found, *_ = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False), wide=True)
+        anchored.backward(a, found.lse, grads, (True, True, False))
+        assert not [o for o in gc.get_objects() if isinstance(o, anchored.Head)]
+    finally:
+        gc.enable()

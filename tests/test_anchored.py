@@ -49,6 +49,10 @@ if INTERPRETED or ON_GPU:
             assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
 
     @pytest.mark.parametrize("launched", ENGINES, indirect=True)
+    def test_nothing_stays_behind(launched):
+        cases.check_nothing_stays_behind(DEVICE)
+
+    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
     @pytest.mark.parametrize("name", ["not_finite", "confident"])
     def test_special(name, launched):
         getattr(cases, f"check_{name}")(DEVICE)

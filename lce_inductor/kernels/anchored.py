@@ -85,9 +85,9 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
                 product(head.product[:n], buffer[:n, : V - tail], whole)
             else:
                 head.product.zero_()
-        head.launches.spread(row0, n, tail)
+        head.launches.spread(head, row0, n, tail)
         if head.dw is not None:
-            head.launches.weight_gradient(n, accumulate=row0 > 0)
+            head.launches.weight_gradient(head, n, accumulate=row0 > 0)
         if head.db is not None:
             head.db += head.column_sums(buffer[:n, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -158,8 +158,8 @@ class Head:
             b = c.new_zeros(()) if self.bias is None else (self.bias * c).sum()
             self.class_sum, self.shift = self.column_sums(self.weight, self.class_weight), torch.stack([b, c.sum()])
         self.launches = self.engine.Launches(self)
-        self.launches.anchors()
-        self.launches.product(0, min(p.rows, self.N), redo=False)
+        self.launches.anchors(self)
+        self.launches.product(self, 0, min(p.rows, self.N), redo=False)
 
     def prepare_gradients(self, grads: RowGrads, mask: Mask) -> None:
         g, x, rows = grads, self.x, self.plan.rows
@@ -176,18 +176,18 @@ class Head:
         if mask[2]:
             self.db = self.f32(self.V).zero_()
         if self.N:
-            self.launches.prepare_gradients()
+            self.launches.prepare_gradients(self)
         elif self.dw is not None:
             self.dw.zero_()
 
     def logits(self, row0: int, n: int) -> None:
         """The first product of a chunk, then its rows' statistics and coefficients; saturated rows twice."""
         if row0 > 0:
-            self.launches.product(row0, n, redo=False)
-        self.launches.normalise(row0, n, redo=False)
+            self.launches.product(self, row0, n, redo=False)
+        self.launches.normalise(self, row0, n, redo=False)
         if not self.known:
-            self.launches.product(row0, n, redo=True)
-            self.launches.normalise(row0, n, redo=True)
+            self.launches.product(self, row0, n, redo=True)
+            self.launches.normalise(self, row0, n, redo=True)
 
     def free_chunk(self) -> None:
         """Let go of what only the chunks needed."""
@@ -205,7 +205,7 @@ class Head:
         if self.target is not None:
             key = torch.where(self.target >= 0, self.target, self.V).to(torch.int32)
             key, order = torch.sort(key, stable=True)
-            self.launches.collect(key, order, torch.searchsorted(key, key, right=True))
+            self.launches.collect(self, key, order, torch.searchsorted(key, key, right=True))
 
     def column_sums(self, m: Tensor, scale: Tensor | None) -> Tensor:
         """sum over rows of scale[row] * m[row], fp32, in a fixed order."""

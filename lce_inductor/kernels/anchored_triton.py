@@ -23,25 +23,23 @@ _PAIR = 256
 
 
 class Launches:
-    """The launches of one call (`Head` in anchored.py), by their places in it."""
+    """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py."""
 
-    def __init__(self, head: Head) -> None:
-        h = self._head = head
+    def __init__(self, h: Head) -> None:
         self._capability = _capability(h.x)
         t = self._tiles = tuning.tiles(self._capability, "logits" if h.e is not None else "sums", h.H)
         self._steps = flatten(h.steps)
         self._x_desc = _descriptor(h.x, t.rows, t.depth)
         self._w_desc = _descriptor(h.weight, t.columns, t.depth)
-        self._e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)
+        self._chunk_rows = h.plan.rows
         # A chunk's marks: whether any row is saturated, then whether one of each _PAIR rows is.
         marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, _PAIR)
         self._marks = h.x.new_zeros(marks, dtype=torch.int32)
 
-    def prepare_gradients(self) -> None:
+    def prepare_gradients(self, h: Head) -> None:
         """Nothing: each launch takes what is there."""
 
-    def anchors(self) -> None:
-        h = self._head
+    def anchors(self, h: Head) -> None:
         kernels.anchor_kernel[(h.N,)](
             h.x, h.x.stride(0), h.weight, h.weight.stride(0), h.bias, h.target, h.stride_t,
             h.V, h.H, h.anchor, h.target_logit if h.target is not None else None, h.raw,
@@ -49,13 +47,14 @@ class Launches:
             SAMPLES=h.samples, STEPS=self._steps, BLOCK_H=_block(h.H), num_warps=4 if h.H > 256 else 1,
         )  # fmt: skip
 
-    def product(self, row0: int, n: int, redo: bool) -> None:
-        h, t = self._head, self._tiles
+    def product(self, h: Head, row0: int, n: int, redo: bool) -> None:
+        t = self._tiles
+        e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)  # not kept: it holds e
         compiled = self._capability is not None
         programs = ceil_div(n, t.rows) * h.tiles
         most = tuning.multiprocessors(h.x.device) * t.per_sm if compiled else 3
         kernels.logits_kernel[(min(programs, most),)](
-            self._x_desc, self._w_desc, self._e_desc,
+            self._x_desc, self._w_desc, e_desc,
             h.lse if h.known else h.anchor, h.bias, h.target, h.stride_t,
             h.sums, h.maxima, h.plan.rows, h.row_max, h.flag, self._found(row0),
             n, row0, h.V, h.H,
@@ -64,8 +63,8 @@ class Launches:
             GROUP=t.group, FLATTEN=t.flatten and not redo, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
-    def normalise(self, row0: int, n: int, redo: bool) -> None:
-        h, g, block = self._head, self._head.grads, 8
+    def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
+        g, block = h.grads, 8
         kernels.normalise_kernel[(ceil_div(n, block),)](
             h.sums, h.maxima, h.plan.rows, h.tiles, h.row_max, h.flag, self._found(row0),
             h.anchor, h.raw, h.target, h.stride_t, h.lse,
@@ -75,8 +74,7 @@ class Launches:
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
 
-    def spread(self, row0: int, n: int, tail: int) -> None:
-        h = self._head
+    def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
         assert h.e is not None
         block = min(_block(h.H), 1024)
         kernels.spread_kernel[(n, ceil_div(h.H, block))](
@@ -86,9 +84,8 @@ class Launches:
             TAIL=tail, SLOPE=h.slope, BLOCK_H=block, num_warps=4 if block > 256 else 1,
         )  # fmt: skip
 
-    def weight_gradient(self, n: int, accumulate: bool) -> None:
+    def weight_gradient(self, h: Head, n: int, accumulate: bool) -> None:
         """dW (+)= E^T xs. Products of the library: Triton's own were slower (NOTES.md)."""
-        h = self._head
         assert h.e is not None and h.dw is not None and h.xs is not None
         # As in _gradients, the last few classes apart.
         whole = h.V - h.V % 8 if h.V >= 8 else 0
@@ -96,8 +93,7 @@ class Launches:
             if c.start < c.stop:
                 product(h.dw[c], h.e[:n, c].t(), h.xs[:n], accumulate=accumulate)
 
-    def collect(self, key: Tensor, order: Tensor, ends: Tensor) -> None:
-        h = self._head
+    def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
         block = min(_block(h.H), 1024)
         kernels.collect_kernel[(h.N, ceil_div(h.H, block))](
             key, order, ends, h.x, h.x.stride(0), h.d, h.dw, h.db, h.V, h.H,
@@ -105,7 +101,7 @@ class Launches:
         )  # fmt: skip
 
     def _found(self, row0: int) -> Tensor:
-        return self._marks[row0 // self._head.plan.rows]
+        return self._marks[row0 // self._chunk_rows]
 
 
 def tiles(head: Head) -> int:

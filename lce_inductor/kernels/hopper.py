@@ -207,16 +207,17 @@ class Launches:
     """The launches of one call of the anchored softmax (`Head` in anchored.py), on the current stream.
 
     Everything that chunks share is made once, and what the first product does not need only after it: a launch has to
-    cost the host less than the GPU, and until the first one the GPU waits.
+    cost the host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a
+    reference to it would be a cycle, and its tensors would stay until the garbage collector comes.
     """
 
-    def __init__(self, head: Head) -> None:
-        h, device = head, head.x.device
-        self._head = head
+    def __init__(self, h: Head) -> None:
+        device = h.x.device
         variants = _variants(h.bias is not None, h.target is not None, h.e is not None, h.known, h.steps)
         self._kernels = _kernels(variants, h.steps, device.index)
         self._stream = torch.cuda.current_stream(device).cuda_stream
         self._clusters = tuning.multiprocessors(device) // 2
+        self._chunk_rows = h.plan.rows
         nvrtc.need_context()
 
         pairs = ceil_div(h.plan.rows, PAIR)
@@ -237,9 +238,9 @@ class Launches:
         self._x_map = nvrtc.tensor_map(h.x, h.N, ROWS)
         self._w_map = nvrtc.tensor_map(h.weight, h.V, COLUMNS // 2)
 
-    def prepare_gradients(self) -> None:
+    def prepare_gradients(self, h: Head) -> None:
         """Take what `Head` has by now: gradients of the statistics, and where those of x and weight go."""
-        h, r, g = self._head, self._rows, self._head.grads
+        r, g = self._rows, h.grads
         r.g_lse, r.g_slope, r.g_target, r.g_sum = map(_address, (g.lse, g.lse_slope, g.target, g.sum))
         r.stride_gl, r.stride_gs, r.stride_gt, r.stride_g = (
             0 if t is None else t.stride(0) for t in (g.lse, g.lse_slope, g.target, g.sum)
@@ -251,44 +252,43 @@ class Launches:
         if h.dw is not None:
             self._dw_map = nvrtc.tensor_map(h.dw, h.V, ROWS)
 
-    def anchors(self) -> None:
-        self._kernels.anchors.launch(ceil_div(self._rows.N, 8), 256, (self._rows,), self._stream)
+    def anchors(self, h: Head) -> None:
+        self._kernels.anchors.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
 
-    def product(self, row0: int, n: int, redo: bool) -> None:
+    def product(self, h: Head, row0: int, n: int, redo: bool) -> None:
         """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
-        a, pairs, e = self._logits, ceil_div(n, PAIR), self._head.e
+        a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
         a.group = ceil_div(pairs, ceil_div(pairs, _GROUP))
-        clusters = min(pairs * self._head.tiles, self._clusters)
-        e_map = self._x_map if e is None else nvrtc.tensor_map(e, n, ROWS)
+        clusters = min(pairs * h.tiles, self._clusters)
+        e_map = self._x_map if h.e is None else nvrtc.tensor_map(h.e, n, ROWS)
         self._kernels.products[redo].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, e_map, a), self._stream)
 
-    def normalise(self, row0: int, n: int, redo: bool) -> None:
+    def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
         r = self._rows
         r.row0, r.rows, r.found = row0, n, self._found(row0)
-        flags = _INT(self._head.known), _INT(redo)
+        flags = _INT(h.known), _INT(redo)
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
-    def spread(self, row0: int, n: int, tail: int) -> None:
+    def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
         self._rows.tail = tail
         self._kernels.spread.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
 
-    def weight_gradient(self, n: int, accumulate: bool) -> None:
+    def weight_gradient(self, h: Head, n: int, accumulate: bool) -> None:
         """dW (+)= E^T xs with the chunk's n rows; not accumulate: whatever was in dW is overwritten."""
-        h = self._head
         assert h.e is not None and h.xs is not None
         a = DwArguments(rows=h.V, columns=h.H, inner=n, group=1, accumulate=accumulate)
         maps = nvrtc.tensor_map(h.e[:, : h.V], n, _DEPTH), nvrtc.tensor_map(h.xs, n, _DEPTH // 2), self._dw_map
         clusters = min(ceil_div(h.V, PAIR) * ceil_div(h.H, COLUMNS), self._clusters)
         self._kernels.products[-1].launch(2 * clusters, _THREADS, (*maps, a), self._stream)
 
-    def collect(self, key: Tensor, order: Tensor, ends: Tensor) -> None:
+    def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
         r = self._rows
         r.key, r.order, r.ends = map(_address, (key, order, ends))
-        self._kernels.collect.launch(r.N * ceil_div(r.H, 1024), 512, (r,), self._stream)
+        self._kernels.collect.launch(h.N * ceil_div(h.H, 1024), 512, (r,), self._stream)
 
     def _found(self, row0: int) -> int:
-        return self._marks.data_ptr() + row0 // self._head.plan.rows * self._marks.stride(0) * 4
+        return self._marks.data_ptr() + row0 // self._chunk_rows * self._marks.stride(0) * 4
 
 
 def tiles(head: Head) -> int:

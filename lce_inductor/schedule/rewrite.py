@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..chain import takes_lists
-from ..ops.chunking import anchored_peak_bytes, plan
+from ..ops.chunking import plan
 from ..recognize.values import size_hint
 from .tangents import HEAD_ARGS, RowGradients
 
@@ -71,23 +71,16 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     graph.erase_node(backward)
 
 
-# What the backward may hold beyond the forward's own peak, as a part of that.
-_MORE_MEMORY = 0.05
-
-
 def _is_summed_wide(x: torch.Tensor, weight: torch.Tensor, chunk_tokens: int, workspace_bytes: int) -> bool:
-    """Does dW come from several chunks on a GPU, and so from sums in fp32, and is there room for them in the backward?
+    """Does dW come from several chunks on a GPU, and so from sums in fp32?
 
-    Then the product with the tangent takes those, for a pass over dW less and a rounding less. It holds dW in both
-    precisions, and dX before and after: with many tokens that would be the peak of the step, and dW is rounded in the
-    forward. No guard comes of it: either form is right at any size.
+    Then the product with the tangent takes those, for a pass over dW less and a rounding less; dW is held in both
+    precisions then, as it would be where it is rounded. No guard comes of it: either form is right at any size.
     """
     if not x.is_cuda or x.dtype != torch.bfloat16:
         return False
     N, H, V = (size_hint(size) for size in (*x.shape, weight.shape[0]))
-    p = plan(N, H, V, x.itemsize, chunk_tokens, workspace_bytes, device="cuda")
-    forward = anchored_peak_bytes(p, N, H, V, dx=True, dw=True)
-    return p.count > 1 and (1 + _MORE_MEMORY) * forward >= 6 * V * H + 4 * N * H
+    return plan(N, H, V, x.itemsize, chunk_tokens, workspace_bytes, device="cuda").count > 1
 
 
 def _leaf(differentiated: Any) -> Node | None:
