@@ -37,6 +37,9 @@ CASES: dict[str, dict[str, Fn]] = {
         "a cap behind masked classes": lambda x, w, y: F.cross_entropy(
             3 * torch.tanh(linear(x, w).masked_fill(torch.arange(V) < 3, -torch.inf) / 3), y
         ),
+        "a sigmoid behind masked classes": lambda x, w, y: F.cross_entropy(
+            9 * torch.sigmoid(linear(x, w).masked_fill(torch.arange(V) < 3, -torch.inf)), y
+        ),
         "no rule": lambda x, w, y: F.cross_entropy(F.linear(x, w).erf(), y),
         "another reader": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.sin().sum())(F.linear(x, w)),
         "sorted": lambda x, w, y: (lambda z: F.cross_entropy(z, y) + z.sort(-1).values[:, 0].sum())(F.linear(x, w)),
@@ -343,6 +346,33 @@ def test_a_failure_inside_a_pass_leaves_a_working_compile(where, when, installed
     assert compiled.refusals == {"internal-error": 1}
     (warning,) = [r.getMessage() for r in caplog.records if "internal-error" in r.getMessage()]
     assert "ValueError: out of luck" in warning
+
+
+def _masked(z: Tensor, value: float) -> Tensor:
+    return z.masked_fill(torch.arange(V) > 30, value)
+
+
+def _one_hot_product(z: Tensor, y: Tensor) -> Tensor:
+    return -(F.one_hot(y.clamp(min=0, max=30), V) * z.log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    "fn, refused",
+    [
+        (lambda x, w, y: _one_hot_product(_masked(F.linear(x, w), -torch.inf), y), True),  # 0 * -inf: NaN, as eager
+        (lambda x, w, y: _one_hot_product(_masked(F.linear(x, w), -1e9), y), False),
+        (lambda x, w, y: F.cross_entropy(2 * _masked(F.linear(x, w), -torch.inf), y.clamp(max=30)), False),
+        (lambda x, w, y: F.cross_entropy(_masked(F.linear(x, w), -torch.inf) + 1, y.clamp(max=30)), False),
+    ],
+    ids=["one-hot of -inf", "one-hot of a number", "scaled", "shifted"],
+)
+def test_behind_masked_classes(fn, refused, installed):
+    """What may stand there, and what may not; the rest of it is in CASES."""
+    x, w, y = head()
+    y = y.clamp(min=0)
+    compiled = Compiled(fn)
+    torch.testing.assert_close(compiled(x, w, y), fn(x, w, y), equal_nan=True)
+    assert (compiled.refusals, compiled.counts["rewritten"]) == (({"escape": 1}, 0) if refused else ({}, 1))
 
 
 @pytest.mark.parametrize(

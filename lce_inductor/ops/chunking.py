@@ -3,7 +3,7 @@
 The automatic policy weighs memory against time (numbers of an H100; `POLICIES` has each device's):
 
 * Every chunk costs launches, and one more sum into dW, in fp32. What that is of a step falls with rows and with H:
-  2048 rows a chunk for 4096 cost 8% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
+  2048 rows a chunk for 4096 cost 6% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
 * A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
   to `rows_per_hidden` * H rows; beyond, where dW is what counts, it is at most half of dW: H rows. Never fewer than
   `least_rows` for this reason.
