@@ -35,6 +35,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         logger = logging.getLogger(name)  # torch sets levels, as TORCH_LOGS of a test before asked for
         logger.setLevel(logging.NOTSET)
         logger.disabled, logger.propagate = False, True
+    logging.disable(logging.NOTSET)
+    # Not the root's level, which other packages change.
+    logging.getLogger("lce_inductor").setLevel(logging.DEBUG)
     torch.manual_seed(0)
     yield
     lce_inductor.uninstall()
