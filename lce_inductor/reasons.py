@@ -79,9 +79,9 @@ _ROWS = (
         "install(min_logits_bytes=0) rewrites heads of every size",
     ),
     Reason(
-        "one-chunk",
-        "all tokens of the only head fit one chunk: torch.compile alone needs no more memory and a pass over dW less",
-        "install(min_logits_bytes=0) rewrites heads of every size, chunk_tokens=... makes smaller chunks",
+        "little-saved",
+        "chunks of the only head would save less than 256 MiB of torch.compile's memory, and cost it time",
+        "install(min_logits_bytes=0) or chunk_tokens=... rewrites it all the same",
     ),
     Reason(
         "returned-loss-free",

@@ -28,6 +28,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return hopper._Kernels(tuple(Product(v, launched) for v in variants), **small)
 
     monkeypatch.setattr(hopper, "supported", lambda device: True)
+    monkeypatch.setattr(hopper, "dw_kernel", lambda device, dtype: Product(hopper._DW_OF[dtype], launched))
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
@@ -103,7 +104,7 @@ class Product:
                 out = _at(address, tiles * a.part_stride, ctypes.c_float, torch.float32).view(tiles, a.part_stride)
                 out[:, :n][:, wanted] = reduce(values.view(n, tiles, hopper.COLUMNS), 2).t()[:, wanted]
         if "STORE" in flags:
-            stored = torch.where(e == 0, 0.0, e * slope) if slope is not None else e
+            stored = e if slope is None else e * slope
             assert e_out.shape[0] == n
             e_out[:, :V][wanted] = stored.to(e_out.dtype)[wanted]
             e_out[:, V:][wanted] = 0

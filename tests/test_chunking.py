@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lce_inductor.ops.chunking import POLICIES, anchored_peak_bytes, peak_bytes, plan
+from lce_inductor.ops.chunking import POLICIES, anchored_peak_bytes, peak_bytes, plan, saves_little
 
 GIB = 1 << 30
 
@@ -63,6 +63,26 @@ def test_peak_within_target(N, H, V, gib):
 )
 def test_peak_of_the_anchored_softmax(N, H, V, gib):
     assert anchored_peak_bytes(cuda(N, H, V), N, H, V, dx=True, dw=True) <= gib * GIB
+
+
+@pytest.mark.parametrize(
+    "N, H, V, itemsize, dw, little",
+    [
+        (2048, 768, 50304, 2, True, True),  # one chunk
+        (4096, 768, 50304, 2, True, True),  # 197 MiB of logits saved, 74 more for dW in fp32
+        (4096, 768, 50304, 2, False, True),
+        (4096, 2048, 128256, 2, True, True),  # dW in fp32 takes what the chunks save
+        (4096, 2048, 128256, 2, False, False),
+        (32768, 768, 4096, 2, True, True),
+        (8192, 768, 50304, 2, True, False),
+        (10007, 1000, 32003, 2, True, False),
+        (8192, 1024, 50304, 4, True, False),
+    ],
+)
+def test_saving(N, H, V, itemsize, dw, little):
+    p = cuda(N, H, V, itemsize)
+    assert saves_little(p, N, H, V, itemsize, dw, "cuda") == little
+    assert not saves_little(p, N, H, V, itemsize, dw, "cpu")
 
 
 @given(

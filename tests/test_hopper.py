@@ -40,6 +40,7 @@ VARIANTS = [
     variant("STORE SUM HAS_TARGET", SOFTCAP),
     variant("STORE SUM REDO HAS_BIAS", EVERY_STEP),
     variant("DW"),
+    variant("DW HALF"),
 ]
 
 
@@ -53,7 +54,7 @@ def sass(source: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("v", VARIANTS, ids=lambda v: " ".join(sorted(v.flags)))
 def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
     code = sass(hopper.source(v), tmp_path)
-    products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32.BF16" in line]
+    products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32" + ("" if "HALF" in v.flags else ".BF16") in line]
     assert len(products) == 8  # two blocks of 64 rows, four times 16 terms: one step of the loop
     assert any("UTMALDG.2D.MULTICAST" in line for line in code)
     assert any("UTMASTG" in line for line in code) == bool(v.flags & {"STORE", "DW"})
@@ -65,10 +66,25 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
     assert v.shared_bytes <= LIMIT
 
 
-@pytest.mark.parametrize("v", [CROSS_ENTROPY, variant("DW")], ids=["logits", "dW"])
-def test_no_registers_in_memory(v: hopper.Variant, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "v, most",
+    [
+        (CROSS_ENTROPY, 0),
+        (variant("SUM HAS_TARGET"), 0),
+        (variant("STORE SUM HAS_TARGET", SOFTCAP), 0),
+        (variant("STORE SUM HAS_TARGET HAS_BIAS"), 16),  # once a tile
+        (variant("DW"), 0),
+    ],
+    ids=lambda v: " ".join(sorted(v.flags)) if isinstance(v, hopper.Variant) else "",
+)
+def test_no_registers_in_memory(v: hopper.Variant, most: int, tmp_path: Path) -> None:
     code = sass(hopper.source(v), tmp_path)
-    assert sum("STL" in line for line in code) <= 4
+    assert sum("STL" in line for line in code) <= most
+
+
+@pytest.mark.parametrize("H, fills", [(192, True), (768, True), (896, True), (1024, False), (640, False), (4096, True)])
+def test_where_tiles_of_dw_are_full(H: int, fills: bool) -> None:
+    assert hopper.fills_tiles(H) == fills
 
 
 @pytest.mark.parametrize("steps", ["", SOFTCAP, EVERY_STEP])
@@ -96,15 +112,16 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("N, H, V, rows", [(256, 64, 256, 256), (1000, 200, 1003, 512), (2000, 768, 5003, 768)])
-def test_dw_against_fp64(N: int, H: int, V: int, rows: int) -> None:
+def test_dw_against_fp64(N: int, H: int, V: int, rows: int, dtype: torch.dtype) -> None:
     """Chunk by chunk, sizes that are no multiple of a tile, more tiles than blocks; twice the same bits."""
     g = torch.Generator("cuda").manual_seed(0)
-    e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).bfloat16()
-    xs = torch.randn(N, H, device="cuda", generator=g).bfloat16()
+    e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
+    xs = torch.randn(N, H, device="cuda", generator=g).to(dtype)
     e[:, V:] = float("nan")  # beyond the classes: not read
-    kernel = hopper._kernels((hopper._DW,), (), 0).products[0]
-    stream = torch.cuda.current_stream().cuda_stream
+    kernel = hopper.dw_kernel(e.device, dtype)
+    assert kernel is not None
     found = []
     for _ in range(2):
         buffer, scaled = torch.full_like(e[:rows], float("nan")), torch.full_like(xs[:rows], float("nan"))
@@ -112,9 +129,7 @@ def test_dw_against_fp64(N: int, H: int, V: int, rows: int) -> None:
         for row0 in range(0, N, rows):
             n = min(rows, N - row0)
             buffer[:n], scaled[:n] = e[row0 : row0 + n], xs[row0 : row0 + n]
-            maps = ((buffer[:, :V], n, 64), (scaled, n, 32), (dw, V, 128))
-            a = hopper.DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=row0 > 0)
-            kernel.launch(132, 384, (*(nvrtc.tensor_map(*m) for m in maps), a), stream)
+            hopper.launch_dw(kernel, dw, buffer[:n], scaled[:n], accumulate=row0 > 0)
         found.append(dw)
     exact = e[:, :V].double().t() @ xs.double()
     assert (found[0] - exact).norm() < 2e-6 * exact.norm()

@@ -24,6 +24,17 @@ if INTERPRETED:
     def test_special(name):
         getattr(rows_cases, f"check_{name}")("cpu")
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("H, by_us", [(192, True), (190, False), (256, False)])
+    def test_sums_of_dw_on_sm_90(dtype, H, by_us, monkeypatch):
+        """By the kernel of hopper_dw.cuh where its tiles fit and rows are aligned; the first chunk overwrites."""
+        import hopper_emulated
+
+        launched = hopper_emulated.emulate(monkeypatch)
+        case = rows_cases.Case(N=23, H=H, V=101, dtype=dtype, chunk_tokens=8)
+        rows_cases.check(case, "cpu", FACTOR)
+        assert launched == ["dw"] * (6 if by_us else 0)  # three chunks, in the forward and in the backward
+
     def test_target_out_of_bounds():
         a, _ = rows_cases.make(rows_cases.Case(), "cpu")
         for bad in (a.weight.shape[0], -1):

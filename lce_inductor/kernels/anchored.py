@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..ops.chunking import ChunkPlan, ceil_div, plan
 from ..ops.epilogue import Steps, reciprocal
-from ..ops.products import product
+from ..ops.products import aligned, product, weight_gradient
 from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from . import anchored_triton, hopper
 
@@ -87,7 +87,8 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
                 head.product.zero_()
         head.launches.spread(head, row0, n, tail)
         if head.dw is not None:
-            head.launches.weight_gradient(head, n, accumulate=row0 > 0)
+            assert head.xs is not None
+            weight_gradient(head.dw, buffer[:n], head.xs[:n], accumulate=row0 > 0)
         if head.db is not None:
             head.db += head.column_sums(buffer[:n, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -232,9 +233,3 @@ def slope_of(steps: Steps) -> float:
     for name, *c in steps:
         slope *= c[0] if name == "mul" else reciprocal(c[0]) if name == "div" else 1.0
     return slope
-
-
-def aligned(t: Tensor) -> bool:
-    """True where a tensor descriptor takes t [rows, columns] as it is."""
-    step = 16 // t.element_size()
-    return t.stride(1) == 1 and t.stride(0) % step == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0

@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.chunking import ceil_div
-from ..ops.products import product
 from . import anchored_kernels as kernels
 from . import tuning
 from .rows import flatten
@@ -83,15 +82,6 @@ class Launches:
             h.dx, h.xs, row0, h.V, h.H,
             TAIL=tail, SLOPE=h.slope, BLOCK_H=block, num_warps=4 if block > 256 else 1,
         )  # fmt: skip
-
-    def weight_gradient(self, h: Head, n: int, accumulate: bool) -> None:
-        """dW (+)= E^T xs. Products of the library: Triton's own were slower (NOTES.md)."""
-        assert h.e is not None and h.dw is not None and h.xs is not None
-        # As in _gradients, the last few classes apart.
-        whole = h.V - h.V % 8 if h.V >= 8 else 0
-        for c in (slice(0, whole), slice(whole, h.V)):
-            if c.start < c.stop:
-                product(h.dw[c], h.e[:n, c].t(), h.xs[:n], accumulate=accumulate)
 
     def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
         block = min(_block(h.H), 1024)

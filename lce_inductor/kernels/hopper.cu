@@ -62,7 +62,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         constexpr u32 K16 = TRANSPOSED ? 16 * 128 : 16 * 2, APART = TRANSPOSED ? DEPTH * 128 : 0;
         u32 step = 0;   // stages before this tile, of both warpgroups
         int index = 0;  // tiles before this one, of both
-        float acc[2][BN / 2];
         for (int tile = blockIdx.x / 2; tile < count; tile += gridDim.x / 2) {
             const Tile t = tile_at(tile, pairs, columns, a.group);
             if (!wanted(a, t.m)) continue;
@@ -72,6 +71,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             }
             // Turns alternate, and the first warpgroup's first one is free.
             const u32 own = ((index - 1) / 2 & 1) ^ (mine == 0);
+            // Not zeroed, they would have to be kept from the tile before. The instruction needs no zeros: it is told to
+            // overwrite.
+            float acc[2][BN / 2];
+            FOR(m, 2) FOR(i, BN / 2) acc[m][i] = 0.0f;
             // A barrier tells only whether the phase before this one is over: wait for the other's last stage first.
             barrier_wait(go(mine), own);
             u32 before = 0;
@@ -94,6 +97,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             wgmma_wait<0>();
             FOR(m, 2) FOR(i, BN / 2) asm volatile("" : "+f"(acc[m][i])::"memory");
             if (thread < 2) barrier_arrive_at(empty(before), thread);
+            prepare(a, acc, t.m + rank * BM, t.n, mine);
             if (STAGING_BYTES > 0) barrier_wait(turn(mine), own);
             finish(a, &out_map, acc, t.m + rank * BM, t.n, staging, mine);
             if (STAGING_BYTES > 0 && thread == 0) barrier_arrive(turn(mine ^ 1));

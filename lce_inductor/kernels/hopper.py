@@ -1,6 +1,6 @@
-"""The anchored softmax on sm_90 (H100, H200): hopper*.cu*, compiled by NVRTC.
+"""The anchored softmax on sm_90 (H100, H200), and sums of dW for any 16-bit head there: hopper*.cu*, compiled by NVRTC.
 
-Its two large products have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups
+The two large products have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups
 that take turns, so that what is done with a product's result costs no time of its own. NOTES.md has the measurements.
 """
 
@@ -78,6 +78,10 @@ class Variant(NamedTuple):
     steps: Steps = ()
 
     @property
+    def operands(self) -> str:
+        return "f16" if "HALF" in self.flags else "bf16"
+
+    @property
     def is_dw(self) -> bool:
         return "DW" in self.flags
 
@@ -99,20 +103,31 @@ class Variant(NamedTuple):
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 _CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
 _DW = Variant(frozenset({"DW"}))
+_DW_OF = {torch.bfloat16: _DW, torch.float16: Variant(frozenset({"DW", "HALF"}))}
 
 
 @functools.cache
 def supported(device: torch.device) -> bool:
     """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernels. device: with its index."""
+    return _try((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DW), device) is not None
+
+
+@functools.cache
+def dw_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
+    """The kernel for launch_dw; None where there is none for the device (with its index) and the dtype of E."""
+    found = _try((_DW_OF[dtype],), device) if dtype in _DW_OF else None
+    return None if found is None else found.products[0]
+
+
+def _try(variants: tuple[Variant, ...], device: torch.device) -> _Kernels | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.available():
-        return False
+        return None
     try:
         with torch.cuda.device(device):
-            _kernels((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DW), (), device.index)
+            return _kernels(variants, (), device.index)
     except (RuntimeError, OSError) as error:
-        log.warning("the kernels for compute capability 9.0 cannot be used, Triton's are: %s", error)
-        return False
-    return True
+        log.warning("kernels for compute capability 9.0 cannot be used, Triton's and the library's are: %s", error)
+        return None
 
 
 def source(variant: Variant) -> str:
@@ -120,8 +135,9 @@ def source(variant: Variant) -> str:
     defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {"BN": COLUMNS, "STAGES": variant.stages}
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     own = "hopper_dw.cuh" if variant.is_dw else "hopper_logits.cuh"
-    text = [_wgmma(COLUMNS, variant.is_dw), _epilogue(variant.steps, exact=False)]
-    return "\n".join(lines + text + [_file(name) for name in ("hopper_common.cuh", own, "hopper.cu")])
+    common, own, loop = (_file(name) for name in ("hopper_common.cuh", own, "hopper.cu"))
+    steps = _epilogue(variant.steps, exact=False)
+    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, own, loop])
 
 
 def rows_source(steps: Steps) -> str:
@@ -134,25 +150,26 @@ def _file(name: str) -> str:
     return pathlib.Path(__file__).with_name(name).read_text()
 
 
-def _wgmma(columns: int, transposed: bool) -> str:
+def _wgmma(columns: int, variant: Variant) -> str:
     """The product of 64 rows, `columns` columns and 16 terms: an instruction with half of `columns` registers."""
-    t = int(transposed)
+    t, operand = int(variant.is_dw), variant.operands
     n = columns // 2
     registers = ", ".join(f"%{i}" for i in range(n))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(n))
     return f"""
 __device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, unsigned long long b, int add) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} "
                  "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, {t}, {t};\\n}}"
                  : {operands} : "l"(a), "l"(b), "r"(add));
 }}"""
 
 
 def _epilogue(steps: Steps, exact: bool) -> str:
-    """f(z) and f'(z), as in anchored_kernels.py; not exact: IEEE's division is a loop's worth of code."""
-    exp, divide, root = ("expf({})", "{} / ({})", "1.0f / sqrtf({})") if exact else (
-        "__expf({})", "__fdividef({}, {})", "rsqrtf({})")  # fmt: skip
+    """f(z) and f'(z), as in anchored_kernels.py; not exact: an instruction for each function, whose results are within
+    2^-22 of IEEE's, for which division is a loop's worth of code."""
+    exp, inverse, root = ("expf({})", "1.0f / ({})", "1.0f / sqrtf({})") if exact else (
+        "exp2_fast({} * 1.4426950408889634f)", "inverse_fast({})", "rsqrtf({})")  # fmt: skip
     lines = []
     for name, *constants in steps:
         c = [f"(float)({float(value)!r})" for value in constants]
@@ -164,10 +181,10 @@ def _epilogue(steps: Steps, exact: bool) -> str:
         elif name == "add":
             lines.append(f"z += {c[0]};")
         elif name == "tanh":
-            ratio = divide.format("2.0f", "1.0f + " + exp.format("2.0f * z"))
-            lines.append(f"z = 1.0f - {ratio}; slope *= 1.0f - z * z;")
+            half = inverse.format("1.0f + " + exp.format("2.0f * z"))
+            lines.append(f"{{ float r = {half}; z = 1.0f - 2.0f * r; slope *= 4.0f * (r - r * r); }}")
         elif name == "sigmoid":
-            lines.append(f"z = {divide.format('1.0f', '1.0f + ' + exp.format('-z'))}; slope *= z * (1.0f - z);")
+            lines.append(f"z = {inverse.format('1.0f + ' + exp.format('-z'))}; slope *= z * (1.0f - z);")
         else:  # rsqrt_cap A K
             r = root.format(f"z * z + {c[1]}")
             lines.append(f"{{ float r = {r}; z *= {c[0]} * r; slope *= {c[0]} * {c[1]} * r * r * r; }}")
@@ -196,11 +213,11 @@ def _kernels(variants: tuple[Variant, ...], steps: Steps, device: int) -> _Kerne
 
 @functools.lru_cache(maxsize=128)
 def _variants(bias: bool, target: bool, store: bool, known: bool, steps: Steps) -> tuple[Variant, ...]:
-    """The first product, the same for saturated rows unless the anchor is known, and dW last if E is stored."""
+    """The first product, and the same for saturated rows unless the anchor is known."""
     flags = {"HAS_BIAS": bias, "HAS_STEPS": bool(steps), "HAS_TARGET": target, "STORE": store, "SUM": not known}
     first = Variant(frozenset(flag for flag, here in flags.items() if here), steps)
     again = () if known else (first._replace(flags=first.flags | {"REDO"}),)
-    return (first, *again, *((_DW,) if store else ()))
+    return (first, *again)
 
 
 class Launches:
@@ -249,8 +266,6 @@ class Launches:
         r.u, r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.u, h.d, h.product, h.xs, h.dx, h.dw, h.db))
         assert h.e is not None
         r.e, r.row_stride = _address(h.e), h.e.stride(0)
-        if h.dw is not None:
-            self._dw_map = nvrtc.tensor_map(h.dw, h.V, ROWS)
 
     def anchors(self, h: Head) -> None:
         self._kernels.anchors.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
@@ -274,14 +289,6 @@ class Launches:
         self._rows.tail = tail
         self._kernels.spread.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
 
-    def weight_gradient(self, h: Head, n: int, accumulate: bool) -> None:
-        """dW (+)= E^T xs with the chunk's n rows; not accumulate: whatever was in dW is overwritten."""
-        assert h.e is not None and h.xs is not None
-        a = DwArguments(rows=h.V, columns=h.H, inner=n, group=1, accumulate=accumulate)
-        maps = nvrtc.tensor_map(h.e[:, : h.V], n, _DEPTH), nvrtc.tensor_map(h.xs, n, _DEPTH // 2), self._dw_map
-        clusters = min(ceil_div(h.V, PAIR) * ceil_div(h.H, COLUMNS), self._clusters)
-        self._kernels.products[-1].launch(2 * clusters, _THREADS, (*maps, a), self._stream)
-
     def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
         r = self._rows
         r.key, r.order, r.ends = map(_address, (key, order, ends))
@@ -289,6 +296,27 @@ class Launches:
 
     def _found(self, row0: int) -> int:
         return self._marks.data_ptr() + row0 // self._chunk_rows * self._marks.stride(0) * 4
+
+
+def fills_tiles(H: int) -> bool:
+    """Is little of dW's tiles of 192 columns empty? Else the library's products are faster (NOTES.md)."""
+    return H >= 0.9 * COLUMNS * ceil_div(H, COLUMNS)
+
+
+def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulate: bool) -> None:
+    """dW (+)= E^T xs on the current stream and device.
+
+    Args:
+        kernel: dw_kernel's for the device and the dtype of e and xs.
+        dw: [V, H], fp32; e: [n, at least V], xs: [n, H], both of the kernel's dtype. Rows are 16-byte aligned.
+        accumulate: False overwrites what is in dw.
+    """
+    nvrtc.need_context()
+    (V, H), n = dw.shape, e.shape[0]
+    a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate)
+    maps = nvrtc.tensor_map(e[:, :V], n, _DEPTH), nvrtc.tensor_map(xs, n, _DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
+    clusters = min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), tuning.multiprocessors(dw.device) // 2)
+    kernel.launch(2 * clusters, _THREADS, (*maps, a), torch.cuda.current_stream(dw.device).cuda_stream)
 
 
 def tiles(head: Head) -> int:

@@ -132,9 +132,21 @@ __device__ __forceinline__ u64 operand(u32 address, u32 apart) {
     return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(apart >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
+// A selection that stays one: what is done with z is not skipped, or each condition would have to wait for the one before.
+__device__ __forceinline__ float minus_infinity_if(bool condition, float z) {
+    asm("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nselp.f32 %0, 0fFF800000, %0, p;\n}" : "+f"(z) : "r"((int)condition));
+    return z;
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float inverse_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

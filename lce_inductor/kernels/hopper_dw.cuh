@@ -26,6 +26,8 @@ __device__ __forceinline__ void fetch_stage(const Arguments&, const TensorMap* e
     FOR(b, BN / 64) fetch_for_both(to_b + (b * DEPTH + half) * 128, xs_map, n + 64 * b, k + half, bar);
 }
 
+__device__ __forceinline__ void prepare(const Arguments&, float (&)[2][BN / 2], int, int, int) {}
+
 __device__ __forceinline__ void finish(const Arguments& a, const TensorMap* dw_map, float (&acc)[2][BN / 2], int first_v,
                                        int first_h, u32 staging, int warpgroup) {
     const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;

@@ -35,93 +35,89 @@ __device__ __forceinline__ void fetch_stage(const Arguments& a, const TensorMap*
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// 64 rows of the tile, of which this thread has two: `acc` to E in the staging buffer, its sums and the largest logits.
+// 64 rows of the tile, of which this thread has two: `acc` to E, bf16 pairs in its first half, the sums of E and
+// the largest logits. shift: the rows' anchors times LOG2E.
 // ASIDE: some entries do not count, those at `out` (from this thread's first column) and those beyond the last column.
 template <bool ASIDE>
-__device__ __forceinline__ void exponentials(const Arguments& a, const float (&acc)[BN / 2], const float (&anchor)[2],
-                                             const int (&out)[2], float (&sum)[2], float (&high)[2], int first_v,
-                                             u32 staging_row, int lane) {
+__device__ __forceinline__ void exponentials(const Arguments& a, float (&acc)[BN / 2], const float (&shift)[2],
+                                             const float* bias, const int (&out)[2], float (&sum)[2], float (&high)[2],
+                                             int first_v, int lane) {
     const int first_column = first_v + 2 * (lane & 3);
-    FOR(j2, BN / 16) {
-        u32 packed[4];
-        FOR(j1, 2) {
-            const int j = 2 * j2 + j1;
-            float bias[2] = {0.0f, 0.0f};
-            if (HAS_BIAS) {
-                FOR(c, 2) {
-                    const int v = first_column + 8 * j + c;
-                    if (v < a.columns) bias[c] = a.bias[v];
+    FOR(j, BN / 8) {
+        float2 added = {0.0f, 0.0f};
+        if (HAS_BIAS) added = *(const float2*)(bias + 8 * j);
+        FOR(h, 2) {
+            float e[2];
+            FOR(c, 2) {
+                float z = acc[4 * j + 2 * h + c], slope = 1.0f;
+                if (HAS_BIAS) z += c ? added.y : added.x;
+                if (HAS_STEPS) epilogue(z, slope);
+                if (ASIDE) z = minus_infinity_if(8 * j + c == out[h] || first_column + 8 * j + c >= a.columns, z);
+                // One rounding of the anchor more than z - anchor has, as large as that of lse itself.
+                e[c] = exp2_fast(fmaf(z, LOG2E, -shift[h]));
+                if (SUM) {
+                    sum[h] += e[c];
+                    high[h] = fmaxf(high[h], z);
                 }
+                if (HAS_STEPS) e[c] *= slope;
             }
-            FOR(h, 2) {
-                float e[2];
-                FOR(c, 2) {
-                    float z = acc[4 * j + 2 * h + c], slope = 1.0f;
-                    if (HAS_BIAS) z += bias[c];
-                    if (HAS_STEPS) epilogue(z, slope);
-                    const bool aside = ASIDE && (8 * j + c == out[h] || first_column + 8 * j + c >= a.columns);
-                    e[c] = aside ? 0.0f : exp2_fast((z - anchor[h]) * LOG2E);
-                    if (SUM) {
-                        sum[h] += e[c];
-                        high[h] = aside ? high[h] : fmaxf(high[h], z);
-                    }
-                    if (HAS_STEPS) e[c] = e[c] == 0.0f ? 0.0f : e[c] * slope;
-                }
-                if (STORE) packed[2 * j1 + h] = bf16_pair(e[0], e[1]);
-            }
-        }
-        if (STORE) {
-            // Four 8 x 8 matrices: rows 0 and 8, then the next eight columns. Lane l gives the address of one line.
-            const int chunk = 2 * j2 + (lane >> 4);
-            const u32 to = staging_row + chunk / 8 * BOX_BYTES + ((chunk % 8) ^ (lane & 7)) * 16;
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(packed[0]),
-                         "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-                         : "memory");
+            if (STORE) acc[2 * j + h] = __uint_as_float(bf16_pair(e[0], e[1]));
         }
     }
 }
 
-__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_map, float (&acc)[2][BN / 2], int first_n,
-                                       int first_v, u32 staging, int warpgroup) {
+// E, packed in the first half of `acc`, its sums and the largest logits: all that does not need the staging buffer.
+__device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN / 2], int first_n, int first_v,
+                                        int warpgroup) {
     const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
+    const float* bias = nullptr;  // of this thread's first column
+    if (HAS_BIAS) {
+        __shared__ float tile_bias[2][BN];
+        warpgroup_sync(warpgroup);  // the tile before may still be reading it
+        for (int i = thread; i < BN; i += 128) tile_bias[warpgroup][i] = first_v + i < a.columns ? a.bias[first_v + i] : 0.0f;
+        warpgroup_sync(warpgroup);
+        bias = tile_bias[warpgroup] + 2 * (lane & 3);
+    }
+    float shift[2][2];
+    int out[2][2];
+    bool aside[2];
     FOR(m, 2) {
-        float anchor[2], sum[2] = {0.0f, 0.0f}, high[2] = {-INF, -INF};
-        int out[2];
-        bool aside = first_v + BN > a.columns;
-        const int first = first_n + 64 * m + 16 * warp + lane / 4;
+        aside[m] = first_v + BN > a.columns;
         FOR(h, 2) {
-            const int local = first + 8 * h;
+            const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
             const bool inside = local < a.rows;
             const long long row = (long long)a.row0 + local;
-            anchor[h] = inside ? a.anchor[row] : 0.0f;
+            float anchor = inside ? a.anchor[row] : 0.0f;
             if (REDO && inside && a.flag[local] > 0) {
-                const float largest = fmaxf(anchor[h], a.row_max[local]);
+                const float largest = fmaxf(anchor, a.row_max[local]);
                 // With an infinite anchor, exp(z) itself is as in logsumexp.
-                anchor[h] = fabsf(largest) < INF ? largest : 0.0f;
+                anchor = fabsf(largest) < INF ? largest : 0.0f;
             }
-            out[h] = -1;
+            shift[m][h] = anchor * LOG2E;
+            out[m][h] = -1;
             if (HAS_TARGET && inside) {
                 // The target's own entry is known better than bf16 can hold it: it stays out.
                 const long long t = a.target[row * a.stride_t] - first_v;
                 if (t >= 0 && t < BN) {
-                    out[h] = (int)t - 2 * (lane & 3);
-                    aside = true;
+                    out[m][h] = (int)t - 2 * (lane & 3);
+                    aside[m] = true;
                 }
             }
         }
-        const u32 staging_row = staging + (64 * m + 16 * warp + (lane & 15)) * 128;
-        // Epilogues are long; one copy of them is enough.
-        if (HAS_BIAS || HAS_STEPS || __any_sync(0xffffffff, aside))
-            exponentials<true>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
+    }
+    FOR(m, 2) {
+        float sum[2] = {0.0f, 0.0f}, high[2] = {-INF, -INF};
+        if (__any_sync(0xffffffff, aside[m]))
+            exponentials<true>(a, acc[m], shift[m], bias, out[m], sum, high, first_v, lane);
         else
-            exponentials<false>(a, acc[m], anchor, out, sum, high, first_v, staging_row, lane);
+            exponentials<false>(a, acc[m], shift[m], bias, out[m], sum, high, first_v, lane);
         if (SUM) {
             FOR(h, 2) {
                 FOR(i, 2) {
                     sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 1 << i);
                     high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffff, high[h], 1 << i));
                 }
-                const int local = first + 8 * h;
+                const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
                 if (lane % 4 == 0 && local < a.rows) {
                     const long long at = (long long)(first_v / BN) * a.part_stride + local;
                     a.sums[at] = sum[h];
@@ -130,12 +126,30 @@ __device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_ma
             }
         }
     }
-    if (STORE) {
-        warpgroup_sync(warpgroup);
-        if (thread == 0) {
-            FOR(b, BN / 64) put(e_map, first_v + 64 * b, first_n, staging + b * BOX_BYTES);
-            put_end();
-            put_wait<0>();
+}
+
+// E by way of the staging buffer.
+__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_map, float (&acc)[2][BN / 2], int first_n,
+                                       int first_v, u32 staging, int warpgroup) {
+    if (!STORE) return;
+    const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
+    FOR(m, 2) {
+        const u32 row = staging + (64 * m + 16 * warp + (lane & 15)) * 128;
+        FOR(j, BN / 16) {
+            // Four 8 x 8 matrices: rows 0 and 8, then the next eight columns. Lane l gives the address of one line.
+            const int chunk = 2 * j + (lane >> 4);
+            const u32 to = row + chunk / 8 * BOX_BYTES + ((chunk % 8) ^ (lane & 7)) * 16;
+            const float* e = acc[m] + 4 * j;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                         "r"(__float_as_uint(e[0])), "r"(__float_as_uint(e[1])),
+                         "r"(__float_as_uint(e[2])), "r"(__float_as_uint(e[3]))
+                         : "memory");
         }
+    }
+    warpgroup_sync(warpgroup);
+    if (thread == 0) {
+        FOR(b, BN / 64) put(e_map, first_v + 64 * b, first_n, staging + b * BOX_BYTES);
+        put_end();
+        put_wait<0>();
     }
 }

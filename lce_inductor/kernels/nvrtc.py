@@ -21,7 +21,7 @@ from torch import Tensor
 
 _SWIZZLE_128 = 3
 _PROMOTE_256 = 3
-_TYPES = {torch.float32: 7, torch.bfloat16: 9}
+_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -169,7 +169,7 @@ class Kernel:
 def tensor_map(t: Tensor, rows: int, box_rows: int) -> TensorMap:
     """The first `rows` rows of t, [R, C] with 16-byte aligned rows, in boxes of box_rows rows of 128 bytes, swizzled.
 
-    t: bf16 or fp32. What is outside reads as zeros and is not written.
+    t: bf16, fp16 or fp32. What is outside reads as zeros and is not written.
     """
     return _tensor_map(t.data_ptr(), t.dtype, rows, t.shape[1], t.stride(0), box_rows)
 

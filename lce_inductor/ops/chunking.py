@@ -7,7 +7,8 @@ The automatic policy weighs memory against time (numbers of an H100; `POLICIES` 
 * A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
   to `rows_per_hidden` * H rows; beyond, where dW is what counts, it is at most half of dW: H rows. Never fewer than
   `least_rows` for this reason.
-* A chunk of less than `least_bytes` is not worth its launches.
+* A chunk of less than `least_bytes` is not worth its launches, and a head is not worth chunks that save less than
+  `least_saving`: sums, and the pass that multiplies dW by the tangent, cost 3 to 200% of steps of 1 to 10 ms.
 * `workspace_bytes` is a limit and always wins.
 * Pieces are equal, rounded up to the tile of the matrix products, so that the last one is no small rest.
 """
@@ -25,6 +26,7 @@ class Policy:
     target_rows: int
     least_rows: int
     least_bytes: int
+    least_saving: int
     small_hidden: float
     rows_per_hidden: float
     tile: int
@@ -38,9 +40,11 @@ class Policy:
 
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(4096, 2048, least_bytes=128 << 20, small_hidden=2048, rows_per_hidden=4.5, tile=256, align=64),
+    "cuda": Policy(
+        4096, 2048, least_bytes=128 << 20, least_saving=256 << 20, small_hidden=2048, rows_per_hidden=4.5, tile=256, align=64
+    ),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
-    "cpu": Policy(512, 512, least_bytes=0, small_hidden=math.inf, rows_per_hidden=5, tile=16, align=1),
+    "cpu": Policy(512, 512, least_bytes=0, least_saving=0, small_hidden=math.inf, rows_per_hidden=5, tile=16, align=1),
 }
 
 
@@ -95,6 +99,13 @@ def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw
         return chunk + grad_x + grad_w
     sums = V * H * 4 if dw else 0  # fp32, cast to the weight's dtype once the chunk is free
     return grad_x + sums + max(chunk, grad_w)
+
+
+def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, device: str) -> bool:
+    """Would torch.compile alone, which holds all logits once, hold hardly more than the plan?"""
+    whole = ChunkPlan(N, 1, p.row_stride)
+    alone, chunked = (peak_bytes(q, N, H, V, itemsize, dx=True, dw=dw) for q in (whole, p))
+    return alone - chunked < POLICIES.get(device, POLICIES["cpu"]).least_saving
 
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:

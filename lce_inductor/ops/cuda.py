@@ -2,8 +2,8 @@
 
 Anchored softmax (kernels/anchored.py) where its conditions hold; `_why_rows` lists them. Everywhere else, library
 products around one Triton row kernel: for each chunk of rows, logits into a buffer with padded rows, statistics and
-then the logits' gradient in place (kernels/rows.py), dX and dW from it. There the logits are rounded to the dtype of
-x exactly where eager rounds them.
+then the logits' gradient in place (kernels/rows.py), dX and dW from it. There the logits are rounded to the dtype of x
+exactly where eager rounds them.
 
 No host synchronisation and no allocation that depends on values: the ops can be captured in CUDA graphs. Every
 product has `out=`, which ambient autocast leaves alone.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .chunking import plan
-from .products import product
+from .products import pieces, product, weight_gradient
 from .types import (
     ARGMAX,
     LSE,
@@ -45,11 +45,8 @@ Mask = tuple[bool, bool, bool]
 _ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
 # Below these sizes its launches cost what the saved pass over the logits gives (NOTES.md).
-_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 5e11
+_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 3e11
 _AFFINE = ("mul", "div", "add")
-
-# Below this many classes an unaligned product costs less than one more launch.
-_LEAST_SPLIT = 1024
 
 
 @functools.cache
@@ -170,24 +167,24 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
     x, weight = _for_products(a.x), _for_products(a.weight)
     bias, class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
     p = plan(N, H, V, x.element_size(), a.chunk_tokens, a.workspace_bytes, device="cuda")
-    columns = _columns(V, x.element_size())
+    columns = pieces(V, x.element_size())
     # As in eager: one rounding for the product and a bias of its dtype together.
     within = bias if bias is not None and bias.dtype == x.dtype else None
     buffer = x.new_empty(p.rows, p.row_stride)
-    for row0, n in p.bounds(N):
-        z, x_chunk = buffer[:n], x[row0 : row0 + n]
-        for c in columns:
-            if within is None:
-                torch.mm(x_chunk, weight[c].t(), out=z[:, c])
-            else:
-                torch.addmm(within[c], x_chunk, weight[c].t(), out=z[:, c])
-        with _device(x):
+    with _device(x):
+        for row0, n in p.bounds(N):
+            z, x_chunk = buffer[:n], x[row0 : row0 + n]
+            for c in columns:
+                if within is None:
+                    torch.mm(x_chunk, weight[c].t(), out=z[:, c])
+                else:
+                    torch.addmm(within[c], x_chunk, weight[c].t(), out=z[:, c])
             rows.launch(
                 z, V, row0, None if within is not None else bias, a.target, class_weight, a.epilogue, stats, found,
                 grads, hidden=bias is not None,
             )  # fmt: skip
-        if grads is not None and out is not None:
-            out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
+            if grads is not None and out is not None:
+                out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
     _assert_targets(a.target, V)  # last: half a dozen launches, and until the first product the GPU waits
 
 
@@ -203,7 +200,7 @@ class _Gradients:
         self.empty = True
 
     def add(self, row0: int, dz: Tensor, x: Tensor, weight: Tensor, columns: list[slice], last: bool) -> None:
-        """Take in a chunk's dZ: [n, row_stride], of which V columns count; `columns` are those of _columns."""
+        """Take in a chunk's dZ: [n, row_stride], of which V columns count; `columns` are `pieces` of them."""
         if self.mask[0]:
             dx = self.dx[row0 : row0 + len(dz)]
             for i, c in enumerate(reversed(columns)):  # the few columns first: their sum is rounded once more
@@ -211,8 +208,7 @@ class _Gradients:
         if self.mask[1]:
             if self.empty:
                 self.dw = x.new_empty(self.shape, dtype=self.dtype if last else self.wide)
-            for c in columns:
-                product(self.dw[c], dz[:, c].t(), x, accumulate=not self.empty)
+            weight_gradient(self.dw, dz, x, accumulate=not self.empty)
         if self.mask[2]:
             column = dz[:, : self.shape[0]].sum(0, dtype=self.wide)
             self.db = column if self.empty else self.db.add_(column)
@@ -225,16 +221,6 @@ class _Gradients:
             self.dw = self.dx.new_zeros(self.shape if self.mask[1] else (0,), dtype=self.dtype)
             self.db = self.dx.new_zeros(self.shape[:1] if self.mask[2] else (0,), dtype=self.dtype)
         return self.dx, self.dw.to(self.dtype), self.db.to(self.wide)
-
-
-def _columns(V: int, itemsize: int) -> list[slice]:
-    """The classes, in pieces that products run well on.
-
-    Padded rows are not enough: cuBLAS looks at the sizes too, and an odd V costs up to seven times the time (93
-    TFLOP/s at V = 50257 against 628 at 50304, H100). So the last few classes get products of their own.
-    """
-    rest = V % (16 // itemsize)
-    return [slice(0, V - rest), slice(V - rest, V)] if rest and V >= _LEAST_SPLIT else [slice(0, V)]
 
 
 def _for_products(t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..ops.chunking import ChunkPlan
+from ..ops.chunking import ChunkPlan, saves_little
 from ..ops.chunking import plan as plan_chunks
 from ..ops.types import ARGMAX, NEG_ENTROPY, SUM
 from ..reasons import Refusal, refuse
@@ -180,27 +180,31 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
             plan.refusal = refuse("too-small", plan.head.node, detail)
     left = [plan for plan in plans if plan.refusal is None]
     # Of several heads, torch.compile alone may hold the logits of all at once.
-    if len(left) == 1 and config.min_logits_bytes > 0 and _is_one_chunk(left[0], config):
-        left[0].refusal = refuse("one-chunk", left[0].head.node)
+    if len(left) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None and _saves_little(left[0], config):
+        left[0].refusal = refuse("little-saved", left[0].head.node)
     return walk, plans
 
 
 def chunks_of(head: Head, config: Config) -> ChunkPlan:
     """How the op will cut the rows of a head's logits, by hint."""
+    return plan_chunks(*_sizes(head), config.chunk_tokens or 0, config.workspace_bytes, device=device_type(head.node))
+
+
+def _sizes(head: Head) -> tuple[int, int, int, int]:
+    """N, H, V and the bytes of a logit, by hint."""
     known, x = info(head.node), info(head.x)
     assert known is not None
-    return plan_chunks(
-        numel_hint(known.shape[:-1]), 0 if x is None else size_hint(x.shape[-1]), size_hint(head.num_classes),
-        known.dtype.itemsize, config.chunk_tokens or 0, config.workspace_bytes, device=device_type(head.node),
-    )  # fmt: skip
+    H = 0 if x is None else size_hint(x.shape[-1])
+    return numel_hint(known.shape[:-1]), H, size_hint(head.num_classes), known.dtype.itemsize
 
 
-def _is_one_chunk(plan: HeadPlan, config: Config) -> bool:
-    """On a GPU, are all logits of a head that trains, and that are not returned, one chunk?"""
-    known = info(plan.head.node)
-    if known is None or plan.returned or not known.requires_grad or device_type(plan.head.node) != "cuda":
+def _saves_little(plan: HeadPlan, config: Config) -> bool:
+    """Is this a head that trains, and whose logits are not returned, that chunks bring nearly nothing?"""
+    known, weight = info(plan.head.node), info(plan.head.weight)
+    if known is None or plan.returned or not known.requires_grad:
         return False
-    return chunks_of(plan.head, config).count == 1
+    device, dw = device_type(plan.head.node), weight is None or weight.requires_grad
+    return saves_little(chunks_of(plan.head, config), *_sizes(plan.head), dw, device)
 
 
 def _masked_sum(terminal: Terminal) -> bool:
