@@ -54,7 +54,9 @@ def sass(source: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("v", VARIANTS, ids=lambda v: " ".join(sorted(v.flags)))
 def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
     code = sass(hopper.source(v), tmp_path)
-    products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32" + ("" if "HALF" in v.flags else ".BF16") in line]
+    products = [
+        i for i, line in enumerate(code) if "HGMMA.64x192x16.F32" + ("" if "HALF" in v.flags else ".BF16") in line
+    ]
     assert len(products) == 8  # two blocks of 64 rows, four times 16 terms: one step of the loop
     assert any("UTMALDG.2D.MULTICAST" in line for line in code)
     assert any("UTMASTG" in line for line in code) == bool(v.flags & {"STORE", "DW"})

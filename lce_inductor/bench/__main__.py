@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
         forward_only=args.forward_only,
         peaked=args.peaked,
         reps=args.reps or REPS[kind(device)],
-        with_floor=FLOOR in impls,
     )
     shapes = list(dict.fromkeys(shape for _, part in groups for shape in part))
     rows: list[Row] = []
@@ -63,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
                 job = Job(**{**vars(first), "impl": impl, "shape": shape})
                 advance(f"{shape} {impl}")
                 found.append(measure_isolated(job, Path(cache), args.timeout))
+                if args.csv is not None:
+                    table.write_csv(args.csv, rows + found)  # a run that is stopped leaves its rows
             rows += found
             table.show(found)
-            if args.csv is not None:
-                table.write_csv(args.csv, rows)  # after each shape, so that a run that is stopped leaves its rows
     for dimension, part in groups:
         if args.plot is not None:
             path = args.plot.with_name(f"{args.plot.name}-{dimension}.png")

@@ -300,7 +300,7 @@ class Launches:
 
 def fills_tiles(H: int) -> bool:
     """Is little of dW's tiles of 192 columns empty? Else the library's products are faster (NOTES.md)."""
-    return H >= 0.9 * COLUMNS * ceil_div(H, COLUMNS)
+    return 0.9 * COLUMNS * ceil_div(H, COLUMNS) <= H
 
 
 def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulate: bool) -> None:

@@ -41,7 +41,14 @@ class Policy:
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
     "cuda": Policy(
-        4096, 2048, least_bytes=128 << 20, least_saving=256 << 20, small_hidden=2048, rows_per_hidden=4.5, tile=256, align=64
+        4096,
+        2048,
+        least_bytes=128 << 20,
+        least_saving=256 << 20,
+        small_hidden=2048,
+        rows_per_hidden=4.5,
+        tile=256,
+        align=64,
     ),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
     "cpu": Policy(512, 512, least_bytes=0, least_saving=0, small_hidden=math.inf, rows_per_hidden=5, tile=16, align=1),

@@ -180,7 +180,12 @@ def decide(graph: Graph, config: Config) -> tuple[Walk, list[HeadPlan]]:
             plan.refusal = refuse("too-small", plan.head.node, detail)
     left = [plan for plan in plans if plan.refusal is None]
     # Of several heads, torch.compile alone may hold the logits of all at once.
-    if len(left) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None and _saves_little(left[0], config):
+    if (
+        len(left) == 1
+        and config.min_logits_bytes > 0
+        and config.chunk_tokens is None
+        and _saves_little(left[0], config)
+    ):
         left[0].refusal = refuse("little-saved", left[0].head.node)
     return walk, plans
 
