@@ -160,7 +160,7 @@ class Head:
             self.class_sum, self.shift = self.column_sums(self.weight, self.class_weight), torch.stack([b, c.sum()])
         self.launches = self.engine.Launches(self)
         self.launches.anchors(self)
-        self.launches.product(self, 0, min(p.rows, self.N), redo=False)
+        self.launches.exponentials(self, 0, min(p.rows, self.N), redo=False)
 
     def prepare_gradients(self, grads: RowGrads, mask: Mask) -> None:
         g, x, rows = grads, self.x, self.plan.rows
@@ -184,10 +184,10 @@ class Head:
     def logits(self, row0: int, n: int) -> None:
         """The first product of a chunk, then its rows' statistics and coefficients; saturated rows twice."""
         if row0 > 0:
-            self.launches.product(self, row0, n, redo=False)
+            self.launches.exponentials(self, row0, n, redo=False)
         self.launches.normalise(self, row0, n, redo=False)
         if not self.known:
-            self.launches.product(self, row0, n, redo=True)
+            self.launches.exponentials(self, row0, n, redo=True)
             self.launches.normalise(self, row0, n, redo=True)
 
     def free_chunk(self) -> None:

@@ -12,13 +12,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..ops.chunking import ceil_div
 from . import anchored_kernels as kernels
 from . import tuning
+from .hopper import PAIR  # rows that share a mark "one of these is saturated"
 from .rows import flatten
 
 if TYPE_CHECKING:
     from .anchored import Head
-
-# Rows that share a mark "one of these is saturated".
-_PAIR = 256
 
 
 class Launches:
@@ -31,8 +29,8 @@ class Launches:
         self._x_desc = _descriptor(h.x, t.rows, t.depth)
         self._w_desc = _descriptor(h.weight, t.columns, t.depth)
         self._chunk_rows = h.plan.rows
-        # A chunk's marks: whether any row is saturated, then whether one of each _PAIR rows is.
-        marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, _PAIR)
+        # A chunk's marks: whether any row is saturated, then whether one of each PAIR rows is.
+        marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, PAIR)
         self._marks = h.x.new_zeros(marks, dtype=torch.int32)
 
     def prepare_gradients(self, h: Head) -> None:
@@ -46,7 +44,7 @@ class Launches:
             SAMPLES=h.samples, STEPS=self._steps, BLOCK_H=_block(h.H), num_warps=4 if h.H > 256 else 1,
         )  # fmt: skip
 
-    def product(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def exponentials(self, h: Head, row0: int, n: int, redo: bool) -> None:
         t = self._tiles
         e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)  # not kept: it holds e
         compiled = self._capability is not None
@@ -69,7 +67,7 @@ class Launches:
             h.anchor, h.raw, h.target, h.stride_t, h.lse,
             g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
             None if h.target is None else g.target, _stride(g.target), h.u, h.d, n, row0, h.V,
-            STEPS=self._steps, KNOWN=h.known, GRAD=h.d is not None, REDO=redo, PAIR=_PAIR, BLOCK_N=block,
+            STEPS=self._steps, KNOWN=h.known, GRAD=h.d is not None, REDO=redo, PAIR=PAIR, BLOCK_N=block,
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
 

@@ -270,7 +270,7 @@ class Launches:
     def anchors(self, h: Head) -> None:
         self._kernels.anchors.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
 
-    def product(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def exponentials(self, h: Head, row0: int, n: int, redo: bool) -> None:
         """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
         a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
