@@ -58,12 +58,16 @@ def begin(config: Config) -> None:
     """A compile is under way (does nothing outside one, or if it is explain()'s)."""
     from torch._guards import CompileContext
 
-    if CompileContext.try_get() is None or report.collecting() or _thread.now is not None:
+    if CompileContext.try_get() is None or report.collecting():
         return
     from torch._dynamo.callback import callback_handler
 
+    heard = _end in callback_handler.end_callbacks  # torch._dynamo.reset() forgets it
+    if _thread.now is not None and heard:
+        return
+    # Where it is forgotten, what is left in `now` is of a compile that was interrupted and will never end.
     _thread.now = _Compile(config, len(_modules()))
-    if _end not in callback_handler.end_callbacks:  # torch._dynamo.reset() forgets it
+    if not heard:
         callback_handler.register_end_callback(_end)
 
 

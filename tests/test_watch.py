@@ -21,6 +21,7 @@ from test_explain import WIDE, step, told
 
 import lce_inductor
 from lce_inductor import explain, watch
+from lce_inductor.config import Config
 from lce_inductor.reasons import REASONS
 
 HERE = __file__
@@ -166,6 +167,14 @@ def test_one_warning_when_nothing_was_found(installed, caplog):
     lce_inductor.install(min_logits_bytes=0)
     Compiled(escaping)(*head())
     assert len(warnings_of(caplog)) == 2, "another install() may say it again"
+
+
+def test_a_warning_after_a_compile_that_never_ended(installed, caplog):
+    """An interrupt leaves the record of its compile, and torch._dynamo.reset() forgets who would have ended it."""
+    watch._thread.now = watch._Compile(Config(), 0)
+    torch._dynamo.reset()
+    Compiled(escaping)(*head())
+    assert len(warnings_of(caplog)) == 1
 
 
 @pytest.mark.parametrize("what", ["loss outside", "head outside"])
