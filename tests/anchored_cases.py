@@ -103,6 +103,25 @@ def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_
         assert error(got, want) < 5e-3 * factor, error(got, want)
 
 
+def check_classes(device: str, runs: list[int], H: int) -> None:
+    """Classes with as many rows as `runs` says, in any order, get all of them: dW of each against fp64."""
+    g = torch.Generator().manual_seed(5)
+    V = len(runs) + 60
+    target = torch.cat([torch.full((n,), v) for v, n in enumerate(runs)] + [torch.full((9,), NO_TARGET)])
+    N = len(target)
+    target = target[torch.randperm(N, generator=g)][:, None]
+    x, weight = torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) * H**-0.5
+    x, weight = (t.to(device, torch.bfloat16) for t in (x, weight))
+    a = HeadArgs(x, weight, None, target.to(device), None, (), 0, 1 << 30)
+    one = torch.ones(N, device=device)
+    grads = RowGrads(lse=one, target=-one[:, None])
+    _, (_, exact, _) = whole(a, grads, torch.float64)
+    found = [anchored.with_grad(a, LSE, grads, (True, True, False), wide=True)[2] for _ in range(2)]
+    for v in range(len(runs)):
+        assert error(found[0][v], exact[v]) < 1e-2, (runs[v], error(found[0][v], exact[v]))
+    assert found[0].equal(found[1])
+
+
 def check_not_finite(device: str) -> None:
     """Infinite and NaN logits give the lse that logsumexp gives, and leave other rows' dX alone."""
     V, H, inf, nan = 70, 8, float("inf"), float("nan")

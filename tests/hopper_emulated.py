@@ -162,7 +162,7 @@ class RowsKernel:
             _at(a.ends, a.N, ctypes.c_longlong, torch.int64), _rows(a.x, a.N, a.stride_x, a.H), a.stride_x,
             _f32(a.d, a.N), _f32(a.dw, a.V * a.H), _f32(a.db, a.V), a.V, a.H, BLOCK_R=8, BLOCK_H=64,
         )  # fmt: skip
-        return a.N * -(-a.H // 1024)
+        return -(-a.N // 8) * -(-a.H // 256)
 
 
 def _f32(address: int | None, count: int) -> Tensor | None:

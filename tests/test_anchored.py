@@ -49,6 +49,10 @@ if INTERPRETED or ON_GPU:
             assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
 
     @pytest.mark.parametrize("launched", ENGINES, indirect=True)
+    def test_classes_of_any_size(launched):
+        cases.check_classes(DEVICE, [1, 33, 2] if INTERPRETED else [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=40)
+
+    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
     def test_nothing_stays_behind(launched):
         cases.check_nothing_stays_behind(DEVICE)
 
@@ -63,6 +67,9 @@ if ON_GPU and not INTERPRETED:
     @pytest.mark.parametrize("rows", [[777], list(range(2000))], ids=["one", "all"])
     def test_saturated_rows_of_many(rows):
         cases.check_saturation("cuda", 2000, rows, FACTOR, chunk_tokens=768, H=128, V=5003)
+
+    def test_classes_and_columns():
+        cases.check_classes("cuda", [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=520)
 
 
 if not INTERPRETED and not torch.cuda.is_available():

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..ops.chunking import ChunkPlan, ceil_div, plan
 from ..ops.epilogue import Steps, reciprocal
-from ..ops.products import aligned, product, weight_gradient
+from ..ops.products import on_sectors, product, weight_gradient
 from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from . import anchored_triton, hopper
 
@@ -116,7 +116,7 @@ class Head:
         self.a, self.asked = a, stats
         self.N, self.H = a.x.shape
         self.V = a.weight.shape[0]
-        self.x = a.x if aligned(a.x) else a.x.contiguous()
+        self.x = on_sectors(a.x)
         self.weight = a.weight
         self.bias = None if a.bias is None else a.bias.float().contiguous()
         self.class_weight = None if a.class_weight is None else a.class_weight.contiguous()

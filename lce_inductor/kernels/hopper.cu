@@ -9,8 +9,8 @@
 // where the operands come from and what f is.
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-            const __grid_constant__ TensorMap out_map, const __grid_constant__ Arguments a) {
+    NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+         const __grid_constant__ TensorMap out_map, const __grid_constant__ Arguments a) {
     if (nothing_to_do(a)) return;
     extern __shared__ unsigned char memory[];
     const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;

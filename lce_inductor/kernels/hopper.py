@@ -32,7 +32,7 @@ _THREADS = 384
 _DEPTH = 64
 _FLAGS = ("STORE", "SUM", "REDO", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 # Pairs of row tiles that share columns: what 66 clusters work on at a time is about square.
-_GROUP = 4
+_GROUP = 8
 
 
 _INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
@@ -86,6 +86,11 @@ class Variant(NamedTuple):
         return "DW" in self.flags
 
     @property
+    def name(self) -> str:
+        """Of the kernel, as a profile shows it."""
+        return "lce_dw" if self.is_dw else "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
+
+    @property
     def staging_bytes(self) -> int:
         """For what is on its way out: a tile of E, or three slices of dW."""
         return ROWS * COLUMNS * 2 if self.flags & {"STORE", "DW"} else 0
@@ -132,7 +137,9 @@ def _try(variants: tuple[Variant, ...], device: torch.device) -> _Kernels | None
 
 def source(variant: Variant) -> str:
     """The text of a product that NVRTC compiles."""
-    defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {"BN": COLUMNS, "STAGES": variant.stages}
+    defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {
+        "BN": COLUMNS, "STAGES": variant.stages, "NAME": variant.name,
+    }  # fmt: skip
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     own = "hopper_dw.cuh" if variant.is_dw else "hopper_logits.cuh"
     common, own, loop = (_file(name) for name in ("hopper_common.cuh", own, "hopper.cu"))
@@ -206,9 +213,9 @@ def _kernels(variants: tuple[Variant, ...], steps: Steps, device: int) -> _Kerne
     sources = [rows_source(steps), *map(source, variants)]
     with concurrent.futures.ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
         rows, *products = pool.map(nvrtc.compile, sources)
-    small = nvrtc.load(rows, dict.fromkeys(_Kernels._fields[1:], 0))
-    found = [nvrtc.load(p, {"product": v.shared_bytes})["product"] for p, v in zip(products, variants)]
-    return _Kernels(tuple(found), **small)
+    small = nvrtc.load(rows, {f"lce_{name}": 0 for name in _Kernels._fields[1:]})
+    found = [nvrtc.load(p, {v.name: v.shared_bytes})[v.name] for p, v in zip(products, variants)]
+    return _Kernels(tuple(found), *small.values())
 
 
 @functools.lru_cache(maxsize=128)
@@ -292,7 +299,7 @@ class Launches:
     def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
         r = self._rows
         r.key, r.order, r.ends = map(_address, (key, order, ends))
-        self._kernels.collect.launch(h.N * ceil_div(h.H, 1024), 512, (r,), self._stream)
+        self._kernels.collect.launch(ceil_div(h.N, 8) * ceil_div(h.H, 256), 256, (r,), self._stream)
 
     def _found(self, row0: int) -> int:
         return self._marks.data_ptr() + row0 // self._chunk_rows * self._marks.stride(0) * 4

@@ -108,7 +108,7 @@ __device__ __forceinline__ int column(const Arguments& a, int row) {
 __device__ __forceinline__ float at(const float* of, i64 row, i64 stride) { return of ? of[row * stride] : 0.0f; }
 
 // A warp for each row of x.
-extern "C" __global__ void __launch_bounds__(256) anchors(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(256) lce_anchors(const __grid_constant__ Arguments a) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.marks; i += gridDim.x * blockDim.x) a.marked[i] = 0;
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= a.N) return;
@@ -158,7 +158,7 @@ template <typename F> __device__ __forceinline__ float over_tiles(const Argument
 
 // known: lse is given, and was the anchor. redo: only rows whose flag is up, with their largest logit as the anchor.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    normalise(const __grid_constant__ Arguments a, int known, int redo) {
+    lce_normalise(const __grid_constant__ Arguments a, int known, int redo) {
     if (redo && a.found[0] == 0) return;
     const int local = blockIdx.x * 32 + threadIdx.x % 32;
     const bool inside = local < a.rows, writes = inside && threadIdx.x < 32;
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 }
 
 // A warp for each row of the chunk: dX = u (E weight) + d weight[target] (+ the sum's term), and xs = u x for dW.
-extern "C" __global__ void __launch_bounds__(256) spread(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(256) lce_spread(const __grid_constant__ Arguments a) {
     const int local = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (local >= a.rows) return;
     const int row = a.row0 + local, t = column(a, row);
@@ -230,24 +230,19 @@ extern "C" __global__ void __launch_bounds__(256) spread(const __grid_constant__
     }
 }
 
-// The block of a class's first entry adds them all to dW, and to db: 128 threads for 1024 columns, GROUPS rows at a time.
-constexpr int GROUPS = 4, COLUMNS = 1024, AHEAD = 4;
+// Eight of the sorted targets, a warp for each, and LINE columns: the warp of a class's first entry adds the whole class to
+// dW, and to db. A class of more than LONG entries is the whole block's; of those only the block's last one can be so long.
+constexpr int ENTRIES = 8, LONG = 32, AHEAD = 4;
 
-extern "C" __global__ void __launch_bounds__(128 * GROUPS) collect(const __grid_constant__ Arguments a) {
-    __shared__ float part[GROUPS - 1][COLUMNS], part_d[GROUPS];
-    const int pieces = (a.H + COLUMNS - 1) / COLUMNS, first = blockIdx.x / pieces;
-    const int v = a.key[first];
-    if (v >= a.V || (first > 0 && a.key[first - 1] == v)) return;
-    const int group = threadIdx.x / 128, end = a.ends[first];
-    const int inside = threadIdx.x % 128 * 8, h = blockIdx.x % pieces * COLUMNS + inside;
-    Eight sum = {};
-    float d_sum = 0.0f;
-    for (int i = first + group; i < end; i += GROUPS * AHEAD) {
+// Every `step`-th of the entries first ... end: the sum of d x for eight columns, and that of d.
+__device__ __forceinline__ void add_entries(const Arguments& a, int first, int end, int step, int h, Eight& sum,
+                                            float& d_sum) {
+    for (int i = first; i < end; i += step * AHEAD) {
         float d[AHEAD];
         Eight x[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            const int at = i + j * GROUPS;
+            const int at = i + j * step;
             const i64 row = at < end ? a.order[at] : -1;
             d[j] = row >= 0 ? a.d[row] : 0.0f;
             x[j] = row >= 0 && h < a.H ? load(a.x + row * a.stride_x + h) : Eight{};
@@ -259,19 +254,9 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS) collect(const __grid_
             for (int k = 0; k < 8; ++k) sum.v[k] += d[j] * x[j].v[k];
         }
     }
-    if (end - first > 1) {
-        if (group > 0) store(part[group - 1] + inside, sum);
-        if (threadIdx.x % 128 == 0) part_d[group] = d_sum;
-        __syncthreads();
-        if (group > 0) return;
-        for (int g = 1; g < GROUPS; ++g) {
-            const Eight more = load(part[g - 1] + inside);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) sum.v[k] += more.v[k];
-            d_sum += part_d[g];
-        }
-    }
-    if (group > 0) return;
+}
+
+__device__ __forceinline__ void add_class(const Arguments& a, int v, int h, Eight sum, float d_sum) {
     if (h < a.H) {
         float* to = a.dw + (i64)v * a.H + h;
         const Eight old = load(to);
@@ -279,5 +264,38 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS) collect(const __grid_
         for (int k = 0; k < 8; ++k) sum.v[k] += old.v[k];
         store(to, sum);
     }
-    if (a.db && blockIdx.x % pieces == 0 && threadIdx.x == 0) a.db[v] += d_sum;
+    if (a.db && h == 0) a.db[v] += d_sum;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * ENTRIES) lce_collect(const __grid_constant__ Arguments a) {
+    __shared__ float part[ENTRIES][LINE], part_d[ENTRIES];
+    __shared__ int shared_first, shared_end;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = (a.H + LINE - 1) / LINE;
+    const int entry = blockIdx.x / pieces * ENTRIES + warp, h = blockIdx.x % pieces * LINE + lane * 8;
+    const int v = entry < a.N ? a.key[entry] : a.V;
+    const bool begins = v < a.V && (entry == 0 || a.key[entry - 1] != v);
+    const int end = begins ? (int)a.ends[entry] : 0;
+    const bool is_long = begins && end - entry > LONG;
+    if (is_long) shared_first = entry, shared_end = end;
+    const bool any = __syncthreads_or(is_long);
+    Eight sum = {};
+    float d_sum = 0.0f;
+    if (begins && !is_long) {
+        add_entries(a, entry, end, 1, h, sum, d_sum);
+        add_class(a, v, h, sum, d_sum);
+    }
+    if (!any) return;
+    sum = {}, d_sum = 0.0f;
+    add_entries(a, shared_first + warp, shared_end, ENTRIES, h, sum, d_sum);
+    store(part[warp] + lane * 8, sum);
+    if (lane == 0) part_d[warp] = d_sum;
+    __syncthreads();
+    if (warp > 0) return;
+    for (int w = 1; w < ENTRIES; ++w) {
+        const Eight more = load(part[w] + lane * 8);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum.v[k] += more.v[k];
+        d_sum += part_d[w];
+    }
+    add_class(a, a.key[shared_first], h, sum, d_sum);
 }

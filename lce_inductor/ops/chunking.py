@@ -116,9 +116,13 @@ def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, 
 
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:
-    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out."""
+    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out.
+
+    x is taken to have rows that begin on 32 bytes if H allows it; else it is copied to such rows.
+    """
+    copied = N * round_up(H, 16) * 2 if H % 16 else 0
     chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 8
-    return (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
+    return copied + (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
 
 
 def ceil_div(a: int, b: int) -> int:

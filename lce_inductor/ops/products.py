@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .chunking import round_up
+
 # Below this many classes an unaligned product costs less than one more launch.
 _LEAST_SPLIT = 1024
 
@@ -56,3 +58,16 @@ def aligned(t: Tensor) -> bool:
     """True where a tensor descriptor takes t [rows, columns] as it is."""
     step = 16 // t.element_size()
     return t.stride(1) == 1 and t.stride(0) % step == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0
+
+
+def on_sectors(t: Tensor) -> Tensor:
+    """t [rows, columns] if its rows begin on 32 bytes, else a copy whose rows do.
+
+    L2 hands out sectors of 32 bytes. The copy engine takes rows on 16, but then every line of 128 bytes costs five
+    sectors for four: 460 TFLOP/s for 588 at H = 1000, H100.
+    """
+    step = 32 // t.element_size()
+    if aligned(t) and t.stride(0) % step == 0 and t.data_ptr() % 32 == 0:
+        return t
+    rows, columns = t.shape
+    return t.new_empty(rows, round_up(columns, step))[:, :columns].copy_(t)
