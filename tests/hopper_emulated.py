@@ -6,7 +6,6 @@ The kernels themselves are compiled by test_hopper.py, and run on a GPU by test_
 from __future__ import annotations
 
 import ctypes
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "need_context", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(nvrtc, "current_stream", lambda device: 0)
     return launched
 
 

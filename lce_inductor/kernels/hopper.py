@@ -239,7 +239,7 @@ class Launches:
         device = h.x.device
         variants = _variants(h.bias is not None, h.target is not None, h.e is not None, h.known, h.steps)
         self._kernels = _kernels(variants, h.steps, device.index)
-        self._stream = torch.cuda.current_stream(device).cuda_stream
+        self._stream = nvrtc.current_stream(device)
         self._clusters = tuning.multiprocessors(device) // 2
         self._chunk_rows = h.plan.rows
         nvrtc.need_context()
@@ -323,7 +323,7 @@ def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulat
     a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate)
     maps = nvrtc.tensor_map(e[:, :V], n, _DEPTH), nvrtc.tensor_map(xs, n, _DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
     clusters = min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), tuning.multiprocessors(dw.device) // 2)
-    kernel.launch(2 * clusters, _THREADS, (*maps, a), torch.cuda.current_stream(dw.device).cuda_stream)
+    kernel.launch(2 * clusters, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))
 
 
 def tiles(head: Head) -> int:

@@ -16,6 +16,7 @@ The automatic policy weighs memory against time (numbers of an H100; `POLICIES` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 
@@ -68,6 +69,7 @@ class ChunkPlan:
         return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
 
 
+@functools.lru_cache(maxsize=256)
 def plan(
     N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_bytes: int, device: str = "cuda"
 ) -> ChunkPlan:
