@@ -357,7 +357,7 @@ def column_sums_kernel(
     """out[split, column] = sum of scale[row] * m[row, column] over the split's rows; scale None is all ones."""
     split = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # its rows are summed once, not in the loop
     end = tl.minimum((split + 1) * rows_each, rows)
     for first in range(split * rows_each, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
@@ -365,5 +365,5 @@ def column_sums_kernel(
         m = tl.load(where, mask=(r < end)[:, None] & (cols < columns)[None, :], other=0.0).to(tl.float32)
         if scale_ptr is not None:
             m *= tl.load(scale_ptr + r * stride_s, mask=r < end, other=0.0).to(tl.float32)[:, None]
-        total += tl.sum(m, 0)
-    tl.store(out_ptr + split * columns + cols, total, mask=cols < columns)
+        total += m
+    tl.store(out_ptr + split * columns + cols, tl.sum(total, 0), mask=cols < columns)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .anchored import Head
 
 
+# Programs of column_sums: enough of them to have loads in flight all the time.
+_COLUMN_SUMS = 2048
+
+
 class Launches:
     """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py."""
 
@@ -102,11 +106,11 @@ def column_sums(m: Tensor, scale: Tensor | None) -> Tensor:
     rows, columns = m.shape
     block = 256
     across = ceil_div(columns, block)
-    splits = min(max(512 // across, 1), ceil_div(rows, 32))
+    splits = min(max(_COLUMN_SUMS // across, 1), ceil_div(rows, 64))
     out = m.new_empty(splits, columns, dtype=torch.float32)
     kernels.column_sums_kernel[(across, splits)](
         m, m.stride(0), scale, _stride(scale), out, rows, columns, ceil_div(rows, splits),
-        BLOCK_R=16, BLOCK_C=block, num_warps=4,
+        BLOCK_R=32, BLOCK_C=block, num_warps=4,
     )  # fmt: skip
     return out.sum(0)
 
