@@ -18,7 +18,8 @@ import lce_inductor
 from lce_inductor.bench.__main__ import _parser
 from lce_inductor.bench.models import _parser as models_parser
 from lce_inductor.config import Config
-from lce_inductor.ops.chunking import peak_bytes, plan
+from lce_inductor.ops.chunking import POLICIES, peak_bytes, plan
+from lce_inductor.reasons import REASONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -114,3 +115,9 @@ def test_memory_worked_out() -> None:
     assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in README
     assert f"dX ({N * H * 2 / 2**30:.2f} GiB)" in README.replace("\n", " ")
     assert peak_bytes(p, N, H, V, 2, dx=True, dw=True) / 2**30 < 3.7
+
+
+def test_what_is_little_saved() -> None:
+    """The same limit in the chunk plan, in the reason that users see, and here."""
+    text = f"save less than {POLICIES['cuda'].least_saving >> 20} MiB"
+    assert text in REASONS["little-saved"].explanation and README.count(text) == 2
