@@ -122,6 +122,22 @@ def check_classes(device: str, runs: list[int], H: int) -> None:
     assert found[0].equal(found[1])
 
 
+def check_label_out_of_range(device: str) -> None:
+    """A label that int32 cannot hold is none to the kernels (the op reports it): dW is that of the other rows."""
+    a, _ = make(BF16, device)
+    assert a.target is not None
+    one = torch.ones(BF16.N, device=device)
+    grads = RowGrads(lse=one, target=-one[:, None])
+    found = []
+    for label in (NO_TARGET, 2**31, 2**32 + 3):
+        target = a.target.clone()
+        target[::3] = label
+        changed = dataclasses.replace(a, target=target)
+        found.append(anchored.with_grad(changed, LSE, grads, (True, True, False), wide=True)[2])
+    assert found[0].isfinite().all()
+    assert all(f.equal(found[0]) for f in found[1:])
+
+
 def check_not_finite(device: str) -> None:
     """Infinite and NaN logits give the lse that logsumexp gives, and leave other rows' dX alone."""
     V, H, inf, nan = 70, 8, float("inf"), float("nan")

@@ -57,7 +57,7 @@ if INTERPRETED or ON_GPU:
         cases.check_nothing_stays_behind(DEVICE)
 
     @pytest.mark.parametrize("launched", ENGINES, indirect=True)
-    @pytest.mark.parametrize("name", ["not_finite", "confident"])
+    @pytest.mark.parametrize("name", ["not_finite", "confident", "label_out_of_range"])
     def test_special(name, launched):
         getattr(cases, f"check_{name}")(DEVICE)
 

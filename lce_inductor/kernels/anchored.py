@@ -205,7 +205,9 @@ class Head:
             if self.db is not None:
                 self.db += c * g_sum.sum()
         if self.target is not None:
-            key = torch.where(self.target >= 0, self.target, self.V).to(torch.int32)
+            # Before it is narrowed: a label out of range must not become another one, or a negative one.
+            some = (self.target >= 0) & (self.target < self.V)
+            key = torch.where(some, self.target, self.V).to(torch.int32)
             key, order = torch.sort(key, stable=True)
             self.launches.collect(self, key, order, torch.searchsorted(key, key, right=True))
 

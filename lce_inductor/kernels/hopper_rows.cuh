@@ -268,7 +268,8 @@ __device__ __forceinline__ void add_class(const Arguments& a, int v, int h, Eigh
 }
 
 extern "C" __global__ void __launch_bounds__(32 * ENTRIES) lce_collect(const __grid_constant__ Arguments a) {
-    __shared__ float part[ENTRIES][LINE], part_d[ENTRIES];
+    __shared__ __align__(16) float part[ENTRIES][LINE];
+    __shared__ float part_d[ENTRIES];
     __shared__ int shared_first, shared_end;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = (a.H + LINE - 1) / LINE;
     const int entry = blockIdx.x / pieces * ENTRIES + warp, h = blockIdx.x % pieces * LINE + lane * 8;
