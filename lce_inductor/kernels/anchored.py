@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..ops.chunking import ChunkPlan, ceil_div, plan
 from ..ops.epilogue import Steps, reciprocal
-from ..ops.products import new_weight_gradient, on_sectors, product, weight_gradient
+from ..ops.products import on_sectors, product, weight_gradient
 from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from . import anchored_triton, hopper
 
@@ -87,8 +87,8 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
                 head.product.zero_()
         head.launches.spread(head, row0, n, tail)
         if head.dw is not None:
-            assert head.xs is not None and head.padded_dw is not None
-            weight_gradient(head.padded_dw, buffer[:n], head.xs[:n], accumulate=row0 > 0)
+            assert head.xs is not None
+            weight_gradient(head.dw, buffer[:n], head.xs[:n], accumulate=row0 > 0)
         if head.db is not None:
             head.db += head.column_sums(buffer[:n, :V], head.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -133,7 +133,7 @@ class Head:
         self.tiles = self.engine.tiles(self)
         self.grads = RowGrads()
         self.class_sum = self.shift = self.d = None
-        self.product = self.xs = self.dx = self.padded_dw = self.dw = self.db = None
+        self.product = self.xs = self.dx = self.dw = self.db = None
 
     def f32(self, *shape: int) -> Tensor:
         return self.a.x.new_empty(shape, dtype=torch.float32)
@@ -173,8 +173,7 @@ class Head:
         if mask[0]:
             self.dx, self.product = x.new_empty(self.N, self.H), self.f32(rows, self.H)
         if mask[1]:
-            padded = self.padded_dw = new_weight_gradient(x, self.V, self.H, torch.float32)
-            self.dw, self.xs = padded[: self.V], x.new_empty(rows, self.H)
+            self.dw, self.xs = self.f32(self.V, self.H), x.new_empty(rows, self.H)
         if mask[2]:
             self.db = self.f32(self.V).zero_()
         if self.N:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .chunking import plan
-from .products import new_weight_gradient, pieces, product, weight_gradient
+from .products import pieces, product, weight_gradient
 from .types import (
     ARGMAX,
     LSE,
@@ -207,8 +207,7 @@ class _Gradients:
                 product(dx, dz[:, c], weight[c], accumulate=i > 0)
         if self.mask[1]:
             if self.empty:
-                V, H = self.shape
-                self.dw = new_weight_gradient(x, V, H, self.dtype if last else self.wide)
+                self.dw = x.new_empty(self.shape, dtype=self.dtype if last else self.wide)
             weight_gradient(self.dw, dz, x, accumulate=not self.empty)
         if self.mask[2]:
             column = dz[:, : self.shape[0]].sum(0, dtype=self.wide)
@@ -221,7 +220,7 @@ class _Gradients:
             self.dx.zero_()
             self.dw = self.dx.new_zeros(self.shape if self.mask[1] else (0,), dtype=self.dtype)
             self.db = self.dx.new_zeros(self.shape[:1] if self.mask[2] else (0,), dtype=self.dtype)
-        return self.dx, self.dw[: self.shape[0]].to(self.dtype), self.db.to(self.wide)
+        return self.dx, self.dw.to(self.dtype), self.db.to(self.wide)
 
 
 def _for_products(t: Tensor) -> Tensor:

@@ -24,20 +24,15 @@ def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def new_weight_gradient(x: Tensor, V: int, H: int, dtype: torch.dtype) -> Tensor:
-    """Room for dW [V, H] on x's device, and for as many rows more as make the library's products fast (see pieces)."""
-    return x.new_empty(round_up(V, 16 // x.element_size()), H, dtype=dtype)
-
-
 def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
     """dW (+)= dZ^T x, on the current device.
 
     Args:
-        dw: new_weight_gradient's, possibly wider than dz and x. What is in the rows beyond the classes means nothing.
-        dz: [n, at least as many columns as dw has rows], rows padded to 64 elements. x: [n, H].
+        dw: [V, H], possibly wider than dz and x.
+        dz: [n, at least V], rows padded to 64 elements. x: [n, H].
         accumulate: False overwrites what is in dw.
     """
-    rows, H = dw.shape
+    V, H = dw.shape
     if dw.dtype == torch.float32 and aligned(x) and aligned(dw):
         from ..kernels import hopper
 
@@ -45,7 +40,8 @@ def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None
         if kernel is not None:
             hopper.launch_dw(kernel, dw, dz, x, accumulate)
             return
-    product(dw, dz[:, :rows].t(), x, accumulate)
+    for c in pieces(V, dz.element_size()):
+        product(dw[c], dz[:, c].t(), x, accumulate)
 
 
 def pieces(V: int, itemsize: int) -> list[slice]:
