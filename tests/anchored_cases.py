@@ -104,7 +104,7 @@ def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_
 
 
 def check_classes(device: str, runs: list[int], H: int) -> None:
-    """Classes with as many rows as `runs` says, in any order, get all of them: dW of each against fp64."""
+    """Classes with as many rows as `runs` says, in any order, get all of them: dW and db of each against fp64."""
     g = torch.Generator().manual_seed(5)
     V = len(runs) + 60
     target = torch.cat([torch.full((n,), v) for v, n in enumerate(runs)] + [torch.full((9,), NO_TARGET)])
@@ -112,14 +112,16 @@ def check_classes(device: str, runs: list[int], H: int) -> None:
     target = target[torch.randperm(N, generator=g)][:, None]
     x, weight = torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) * H**-0.5
     x, weight = (t.to(device, torch.bfloat16) for t in (x, weight))
-    a = HeadArgs(x, weight, None, target.to(device), None, (), 0, 1 << 30)
+    bias = torch.randn(V, generator=g).to(device, torch.bfloat16)
+    a = HeadArgs(x, weight, bias, target.to(device), None, (), 0, 1 << 30)
     one = torch.ones(N, device=device)
     grads = RowGrads(lse=one, target=-one[:, None])
-    _, (_, exact, _) = whole(a, grads, torch.float64)
-    found = [anchored.with_grad(a, LSE, grads, (True, True, False), wide=True)[2] for _ in range(2)]
+    _, (_, exact, exact_db) = whole(a, grads, torch.float64)
+    (dw, db), again = (anchored.with_grad(a, LSE, grads, (True, True, True), wide=True)[2:] for _ in range(2))
     for v in range(len(runs)):
-        assert error(found[0][v], exact[v]) < 1e-2, (runs[v], error(found[0][v], exact[v]))
-    assert found[0].equal(found[1])
+        assert error(dw[v], exact[v]) < 1e-2, (runs[v], error(dw[v], exact[v]))
+    assert (db - exact_db).abs().max() < 0.1  # a row that is missing is nearly one
+    assert dw.equal(again[0]) and db.equal(again[1])
 
 
 def check_label_out_of_range(device: str) -> None:

@@ -357,7 +357,7 @@ def column_sums_kernel(
     """out[split, column] = sum of scale[row] * m[row, column] over the split's rows; scale None is all ones."""
     split = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # its rows are summed once, not in the loop
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # summed over its rows at the end: that takes all threads
     end = tl.minimum((split + 1) * rows_each, rows)
     for first in range(split * rows_each, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)

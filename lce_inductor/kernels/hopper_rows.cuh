@@ -231,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(256) lce_spread(const __grid_consta
 }
 
 // Eight of the sorted targets, a warp for each, and LINE columns: the warp of a class's first entry adds the whole class to
-// dW, and to db. A class of more than LONG entries is the whole block's; of those only the block's last one can be so long.
+// dW, and to db. A class of more than LONG entries is the whole block's: only the last class that begins in a block can be so long.
 constexpr int ENTRIES = 8, LONG = 32, AHEAD = 4;
 
 // Every `step`-th of the entries first ... end: the sum of d x for eight columns, and that of d.

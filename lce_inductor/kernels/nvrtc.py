@@ -23,8 +23,9 @@ from torch import Tensor
 _SWIZZLE_128 = 3
 _PROMOTE_256 = 3
 _TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
-_thread = threading.local()
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+_thread = threading.local()
 
 
 Argument = Union[ctypes.Structure, ctypes.c_int]
@@ -198,7 +199,7 @@ def _tensor_map(address: int, dtype: torch.dtype, rows: int, columns: int, strid
 
 
 def need_context() -> None:
-    """Threads of autograd may have a device and no context yet."""
+    """Threads of autograd may have a device and no context yet. Looked for once in each."""
     if getattr(_thread, "has_context", False):
         return
     context = ctypes.c_void_p()
@@ -211,5 +212,5 @@ def need_context() -> None:
 
 
 def current_stream(device: torch.device) -> int:
-    """The handle of the device's current stream, for a thirtieth of what torch.cuda.current_stream costs."""
+    """The handle of the device's current stream, without the object that torch.cuda.current_stream makes of it."""
     return torch._C._cuda_getCurrentRawStream(device.index)

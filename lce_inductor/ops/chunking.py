@@ -69,6 +69,7 @@ class ChunkPlan:
         return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
 
 
+# Asked for twice in each call of an op, while the GPU waits for its first launch.
 @functools.lru_cache(maxsize=256)
 def plan(
     N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_bytes: int, device: str = "cuda"
