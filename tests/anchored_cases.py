@@ -60,7 +60,7 @@ def check(case: Case, device: str, factor: float) -> None:
 
     slope = 0 if grads.lse_slope is None else grads.lse_slope * found.lse
     g_lse = slope if grads.lse is None else grads.lse + slope
-    plain = dataclasses.replace(grads, lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
+    plain = grads._replace(lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
     gradients = anchored.backward(a, found.lse, plain, mask)
     compare(case, ("dx", "dw", "db"), gradients, eager, exact, factor)
 
@@ -82,7 +82,7 @@ def saturating(device: str, N: int, rows: list[int], spread: float = 200.0, H: i
 
 def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_tokens: int = 0, **more: int) -> None:
     """Rows beyond the room of bf16 come out as in fp64, and the rows beside them too."""
-    a = dataclasses.replace(saturating(device, N, rows, **more), chunk_tokens=chunk_tokens)
+    a = saturating(device, N, rows, **more)._replace(chunk_tokens=chunk_tokens)
     one = torch.full((N,), 1 / N, device=device)
     grads = RowGrads(lse=one, target=-one[:, None])
     exact_stats, exact = whole(a, grads, torch.float64)
@@ -95,7 +95,7 @@ def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_
     if rows:
         assert error(gradients[0][rows], exact[0][rows]) < 5e-3 * factor, error(gradients[0][rows], exact[0][rows])
     # Without a target the anchor is a guess, and every one of these rows may miss.
-    a = dataclasses.replace(a, target=torch.full_like(a.target, NO_TARGET))
+    a = a._replace(target=torch.full_like(a.target, NO_TARGET))
     exact_stats, exact = whole(a, RowGrads(lse=one), torch.float64)
     found, *gradients = anchored.with_grad(a, LSE, RowGrads(lse=one), (True, True, False))
     assert error(found.lse, exact_stats.lse) < 1e-5, error(found.lse, exact_stats.lse)
@@ -134,7 +134,7 @@ def check_label_out_of_range(device: str) -> None:
     for label in (NO_TARGET, 2**31, 2**32 + 3):
         target = a.target.clone()
         target[::3] = label
-        changed = dataclasses.replace(a, target=target)
+        changed = a._replace(target=target)
         found.append(anchored.with_grad(changed, LSE, grads, (True, True, False), wide=True)[2])
     assert found[0].isfinite().all()
     assert all(f.equal(found[0]) for f in found[1:])
@@ -170,7 +170,7 @@ def check_confident(device: str) -> None:
     one = torch.ones(64, device=device)
     target = a.target.clamp(min=0)
     x = (a.weight[target[:, 0]].float() * 200).to(a.x.dtype)
-    a = dataclasses.replace(a, x=x, target=target)
+    a = a._replace(x=x, target=target)
     grads = RowGrads(lse=one, target=-one[:, None])
     exact_stats, exact = whole(a, grads, torch.float64)
     _, eager = whole(a, grads, torch.bfloat16)

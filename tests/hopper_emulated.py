@@ -6,6 +6,7 @@ The kernels themselves are compiled by test_hopper.py, and run on a GPU by test_
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(hopper, "dw_kernel", lambda device, dtype: Product(hopper._DW_OF[dtype], launched))
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
+    monkeypatch.setattr(hopper, "_prepared", functools.lru_cache(hopper._prepared.__wrapped__))
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "need_context", lambda: None)
     monkeypatch.setattr(nvrtc, "current_stream", lambda device: 0)

@@ -330,8 +330,8 @@ def test_fake_results_are_like_the_real_ones(dtype, wide):
     real = with_grad(a, ALL, g, (True, True, True), wide)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = with_grad(
-            HeadArgs(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in vars(a).values())),
-            ALL, RowGrads(*(mode.from_tensor(t) for t in vars(g).values())), (True, True, True), wide,
+            HeadArgs(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in a)),
+            ALL, RowGrads(*(mode.from_tensor(t) for t in g)), (True, True, True), wide,
         )  # fmt: skip
     assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
 
@@ -365,7 +365,7 @@ def test_target_out_of_range(op, bad):
 )
 def test_bad_arguments_are_named(change, message):
     a, _ = rows_cases.make(Case(), "cpu")
-    a = HeadArgs(**{**vars(a), **change})
+    a = a._replace(**change)
     with pytest.raises(RuntimeError, match=message):
         row_stats(a, LSE | TARGET)
 

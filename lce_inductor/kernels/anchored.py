@@ -21,8 +21,6 @@ much as rounding the result. Rows are sorted by target once, so that its part of
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,8 @@ def forward(a: HeadArgs, stats: int) -> Stats:
     rows = max(_SUMS_BYTES // (8 * head.tiles) // unit, 1) * unit
     rows = ceil_div(ceil_div(N, ceil_div(N, rows)), unit) * unit if N else 1
     chunks = ChunkPlan(min(rows, max(N, 1)), ceil_div(N, rows), 0)
-    head.start(chunks, None)
+    head.start(chunks, store=False)
+    head.first_product(None)
     for row0, n in chunks.bounds(N):
         head.logits(row0, n)
     return head.stats()
@@ -71,8 +70,9 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
     assert mask[1] or not mask[2]
     a, N, V = head.a, head.N, head.V
     p = plan(N, head.H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda")
+    head.start(p, store=True)
     buffer = a.x.new_empty(p.rows, p.row_stride)
-    head.start(p, buffer)
+    head.first_product(buffer)
     # From here on the GPU is busy.
     head.prepare_gradients(grads, mask)
     # The last few classes apart: cuBLAS looks at the sizes too, and an odd V costs several times the time.
@@ -90,7 +90,7 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
             assert head.xs is not None
             weight_gradient(head.dw, buffer[:n], head.xs[:n], accumulate=row0 > 0)
         if head.db is not None:
-            head.db += head.column_sums(buffer[:n, :V], head.u)
+            head.db += head.column_sums(buffer[:n, :V], head.launches.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
     del buffer
     head.free_chunk()
@@ -106,8 +106,7 @@ class Head:
     x [N, H], weight [V, H]; rows means rows of a chunk. None is what a call does not need.
 
     Attributes:
-        anchor, raw, d: [N], as the kernels say; u, row_max, flag: [rows].
-        sums, maxima: [tiles * rows], of E and of the logits in each column tile.
+        lse, d: [N], d as the kernels say.
         e: [rows, row_stride], E of a chunk. product: [rows, H], E @ weight. xs: [rows, H], u x.
         class_sum, shift: [H] and [2], for the rows' sums of logits.
     """
@@ -125,7 +124,7 @@ class Head:
         self.steps = a.epilogue
         self.samples = min(_SAMPLES, self.V)
         self.known = lse is not None
-        self.lse = self.f32(self.N) if lse is None else lse
+        self.lse = lse
         columns = 0 if a.target is None else a.target.shape[1]
         self.target_logit = self.f32(self.N, columns) if stats & TARGET else None
         self.sum_logits = self.f32(self.N) if stats & SUM else None
@@ -138,34 +137,33 @@ class Head:
     def f32(self, *shape: int) -> Tensor:
         return self.a.x.new_empty(shape, dtype=torch.float32)
 
-    def start(self, p: ChunkPlan, e: Tensor | None) -> None:
-        """Anchors, and the first product of the first chunk: until then the GPU waits.
+    def start(self, p: ChunkPlan, store: bool) -> None:
+        """Anchors. Until they are launched the GPU waits, and every microsecond of the host is one of the step.
 
-        e: where each chunk's exponentials go; None where only sums are wanted.
+        store: there will be room for a chunk's exponentials.
         """
-        self.plan, self.e = p, e
-        if self.N == 0:
-            return
-        # One allocation: until the first product is launched, every microsecond of the host is one of the GPU's.
-        parts = 0 if self.known else self.tiles * p.rows
-        sizes = [self.N, self.N, p.rows, p.rows, p.rows, parts, parts]
-        self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = self.f32(sum(sizes)).split(sizes)
-        self.flag = flag.view(torch.int32)
-        self.sums = None if self.known else sums
-        self.maxima = None if self.known else maxima
-        if self.sum_logits is not None:
-            c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
-            c = c.float()
-            b = c.new_zeros(()) if self.bias is None else (self.bias * c).sum()
-            self.class_sum, self.shift = self.column_sums(self.weight, self.class_weight), torch.stack([b, c.sum()])
-        self.launches = self.engine.Launches(self)
-        self.launches.anchors(self)
-        self.launches.exponentials(self, 0, min(p.rows, self.N), redo=False)
+        self.plan, self.store = p, store
+        if self.N:
+            if self.sum_logits is not None:
+                c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
+                c = c.float()
+                b = c.new_zeros(()) if self.bias is None else (self.bias * c).sum()
+                self.class_sum, self.shift = self.column_sums(self.weight, self.class_weight), torch.stack([b, c.sum()])
+            self.launches = self.engine.Launches(self)
+            self.launches.anchors(self)
+        if self.lse is None:
+            self.lse = self.f32(self.N)
+
+    def first_product(self, e: Tensor | None) -> None:
+        """That of the first chunk. e: where each chunk's exponentials go; None where only sums are wanted."""
+        self.e = e
+        if self.N:
+            self.launches.prepare_products(self)
+            self.launches.exponentials(self, 0, min(self.plan.rows, self.N), redo=False)
 
     def prepare_gradients(self, grads: RowGrads, mask: Mask) -> None:
         g, x, rows = grads, self.x, self.plan.rows
-        fields = (getattr(g, f.name) for f in dataclasses.fields(g))
-        self.grads = RowGrads(*(None if t is None else t.float() for t in fields))
+        self.grads = RowGrads(*(None if t is None else t.float() for t in g))
         if g.sum is not None and self.class_sum is None:
             self.class_sum = self.column_sums(self.weight, self.class_weight)
         self.slope = slope_of(self.steps)
@@ -192,7 +190,7 @@ class Head:
 
     def free_chunk(self) -> None:
         """Let go of what only the chunks needed."""
-        self.e = self.sums = self.maxima = self.product = self.xs = None
+        self.e = self.product = self.xs = None
 
     def collect(self) -> None:
         """The targets' part of dW and db, class by class in the order of rows, and that of the sums of logits."""

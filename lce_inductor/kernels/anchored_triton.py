@@ -24,11 +24,15 @@ _COLUMN_SUMS = 2048
 
 
 class Launches:
-    """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py."""
+    """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py.
+
+    anchor, raw: [N], as the kernels say; u, row_max, flag: [chunk rows]. sums, maxima: [tiles * chunk rows], of E and of
+    the logits in each column tile.
+    """
 
     def __init__(self, h: Head) -> None:
         self._capability = _capability(h.x)
-        t = self._tiles = tuning.tiles(self._capability, "logits" if h.e is not None else "sums", h.H)
+        t = self._tiles = tuning.tiles(self._capability, "logits" if h.store else "sums", h.H)
         self._steps = flatten(h.steps)
         self._x_desc = _descriptor(h.x, t.rows, t.depth)
         self._w_desc = _descriptor(h.weight, t.columns, t.depth)
@@ -36,6 +40,14 @@ class Launches:
         # A chunk's marks: whether any row is saturated, then whether one of each PAIR rows is.
         marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, PAIR)
         self._marks = h.x.new_zeros(marks, dtype=torch.int32)
+        rows, parts = h.plan.rows, 0 if h.known else h.tiles * h.plan.rows
+        sizes = [h.N, h.N, rows, rows, rows, parts, parts]
+        self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = h.f32(sum(sizes)).split(sizes)
+        self.flag = flag.view(torch.int32)
+        self.sums, self.maxima = (None, None) if h.known else (sums, maxima)
+
+    def prepare_products(self, h: Head) -> None:
+        """Nothing, as below."""
 
     def prepare_gradients(self, h: Head) -> None:
         """Nothing: each launch takes what is there."""
@@ -43,7 +55,7 @@ class Launches:
     def anchors(self, h: Head) -> None:
         kernels.anchor_kernel[(h.N,)](
             h.x, h.x.stride(0), h.weight, h.weight.stride(0), h.bias, h.target, h.stride_t,
-            h.V, h.H, h.anchor, h.target_logit if h.target is not None else None, h.raw,
+            h.V, h.H, self.anchor, h.target_logit if h.target is not None else None, self.raw,
             h.class_sum, h.sum_logits, h.shift,
             SAMPLES=h.samples, STEPS=self._steps, BLOCK_H=_block(h.H), num_warps=4 if h.H > 256 else 1,
         )  # fmt: skip
@@ -56,8 +68,8 @@ class Launches:
         most = tuning.multiprocessors(h.x.device) * t.per_sm if compiled else 3
         kernels.logits_kernel[(min(programs, most),)](
             self._x_desc, self._w_desc, e_desc,
-            h.lse if h.known else h.anchor, h.bias, h.target, h.stride_t,
-            h.sums, h.maxima, h.plan.rows, h.row_max, h.flag, self._found(row0),
+            h.lse if h.known else self.anchor, h.bias, h.target, h.stride_t,
+            self.sums, self.maxima, h.plan.rows, self.row_max, self.flag, self._found(row0),
             n, row0, h.V, h.H,
             STEPS=self._steps, STORE=h.e is not None, SUM=not h.known, REDO=redo,
             COMPILED=compiled, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth, SPLIT=t.split,
@@ -67,10 +79,10 @@ class Launches:
     def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
         g, block = h.grads, 8
         kernels.normalise_kernel[(ceil_div(n, block),)](
-            h.sums, h.maxima, h.plan.rows, h.tiles, h.row_max, h.flag, self._found(row0),
-            h.anchor, h.raw, h.target, h.stride_t, h.lse,
+            self.sums, self.maxima, h.plan.rows, h.tiles, self.row_max, self.flag, self._found(row0),
+            self.anchor, self.raw, h.target, h.stride_t, h.lse,
             g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
-            None if h.target is None else g.target, _stride(g.target), h.u, h.d, n, row0, h.V,
+            None if h.target is None else g.target, _stride(g.target), self.u, h.d, n, row0, h.V,
             STEPS=self._steps, KNOWN=h.known, GRAD=h.d is not None, REDO=redo, PAIR=PAIR, BLOCK_N=block,
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
@@ -80,7 +92,7 @@ class Launches:
         block = min(_block(h.H), 1024)
         kernels.spread_kernel[(n, ceil_div(h.H, block))](
             h.product, h.e, h.e.stride(0), h.x, h.x.stride(0), h.weight, h.weight.stride(0),
-            h.target, h.stride_t, h.u, h.d, h.grads.sum, _stride(h.grads.sum), h.class_sum,
+            h.target, h.stride_t, self.u, h.d, h.grads.sum, _stride(h.grads.sum), h.class_sum,
             h.dx, h.xs, row0, h.V, h.H,
             TAIL=tail, SLOPE=h.slope, BLOCK_H=block, num_warps=4 if block > 256 else 1,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -227,38 +228,86 @@ def _variants(bias: bool, target: bool, store: bool, known: bool, steps: Steps) 
     return (first, *again)
 
 
+class _Prepared(NamedTuple):
+    """What calls of the same sizes share. The arguments have sizes and strides, addresses are each call's own."""
+
+    kernels: _Kernels
+    clusters: int
+    rows: RowsArguments
+    logits: LogitsArguments
+    begins: tuple[int, ...]  # of _SCRATCH in their allocation, in bytes; then where it ends
+    marks_apart: int  # from chunk to chunk, in bytes
+
+
+# Vectors that only the kernels see: anchor, raw [N]; u, row_max, flag [chunk rows]; sums, maxima [tiles * chunk rows], of E
+# and of the logits in each column tile; marked [chunks, 1 + pairs].
+_SCRATCH = ("anchor", "raw", "u", "row_max", "flag", "sums", "maxima", "marked")
+
+
+@functools.lru_cache(maxsize=128)
+def _prepared(
+    device: torch.device, N: int, H: int, V: int, chunk_rows: int, chunks: int, tiles: int, samples: int, stride_x: int,
+    stride_w: int, stride_t: int, bias: bool, target: bool, store: bool, known: bool, steps: Steps,
+) -> _Prepared:  # fmt: skip
+    variants = _variants(bias, target, store, known, steps)
+    pairs = ceil_div(chunk_rows, PAIR)
+    marks, parts = max(chunks, 1) * (1 + pairs), 0 if known else tiles * chunk_rows
+    sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, marks)
+    rows = RowsArguments(
+        N=N, H=H, V=V, samples=samples, tiles=tiles, marks=marks, stride_x=stride_x, stride_w=stride_w, stride_t=stride_t,
+        part_stride=chunk_rows,
+    )  # fmt: skip
+    logits = LogitsArguments(columns=V, inner=H, stride_t=stride_t, part_stride=chunk_rows)
+    return _Prepared(
+        _kernels(variants, steps, device.index), tuning.multiprocessors(device) // 2, rows, logits,
+        tuple(itertools.accumulate((4 * size for size in sizes), initial=0)), 4 * (1 + pairs),
+    )  # fmt: skip
+
+
 class Launches:
     """The launches of one call of the anchored softmax (`Head` in anchored.py), on the current stream.
 
-    Everything that chunks share is made once, and what the first product does not need only after it: a launch has to
-    cost the host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a
-    reference to it would be a cycle, and its tensors would stay until the garbage collector comes.
+    Everything that chunks share is made once, and what a launch does not need only after it: a launch has to cost the
+    host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a reference to it
+    would be a cycle, and its tensors would stay until the garbage collector comes.
     """
 
     def __init__(self, h: Head) -> None:
-        device = h.x.device
-        variants = _variants(h.bias is not None, h.target is not None, h.e is not None, h.known, h.steps)
-        self._kernels = _kernels(variants, h.steps, device.index)
+        device, x, weight, target = h.x.device, h.x, h.weight, h.target
+        self._prepared = p = _prepared(
+            device, h.N, h.H, h.V, h.plan.rows, h.plan.count, h.tiles, h.samples, x.stride(0), weight.stride(0), h.stride_t,
+            h.bias is not None, target is not None, h.store, h.known, h.steps,
+        )  # fmt: skip
         self._stream = nvrtc.current_stream(device)
-        self._clusters = tuning.multiprocessors(device) // 2
-        self._chunk_rows = h.plan.rows
         nvrtc.need_context()
+        self._kernels, self._chunk_rows = p.kernels, h.plan.rows
+        self._scratch = h.f32(p.begins[-1] // 4)
+        base = self._scratch.data_ptr()
+        self._rows = r = RowsArguments.from_buffer_copy(p.rows)
+        for name, begin in zip(_SCRATCH, p.begins):
+            setattr(r, name, base + begin)
+        if h.known:
+            r.sums = r.maxima = None
+        r.x, r.weight = x.data_ptr(), weight.data_ptr()
+        if h.bias is not None:
+            r.bias = h.bias.data_ptr()
+        if target is not None:
+            r.target, r.target_logit = target.data_ptr(), _address(h.target_logit)
+        if h.sum_logits is not None:
+            r.class_sum, r.shift, r.sum_logits = map(_address, (h.class_sum, h.shift, h.sum_logits))
 
-        pairs = ceil_div(h.plan.rows, PAIR)
-        self._marks = marks = h.x.new_empty(max(h.plan.count, 1), 1 + pairs, dtype=torch.int32)
-        self._rows = r = RowsArguments(
-            N=h.N, H=h.H, V=h.V, samples=h.samples, tiles=h.tiles, marks=marks.numel(), marked=_address(marks),
-            x=_address(h.x), stride_x=h.x.stride(0), weight=_address(h.weight), stride_w=h.weight.stride(0),
-            bias=_address(h.bias), target=_address(h.target), stride_t=h.stride_t, anchor=_address(h.anchor),
-            raw=_address(h.raw), target_logit=_address(None if h.target is None else h.target_logit),
-            class_sum=_address(h.class_sum), shift=_address(h.shift), sum_logits=_address(h.sum_logits),
-            sums=_address(h.sums), maxima=_address(h.maxima), part_stride=h.plan.rows, row_max=_address(h.row_max),
-            flag=_address(h.flag), lse=_address(h.lse),
-        )  # fmt: skip
-        self._logits = LogitsArguments(
-            columns=h.V, inner=h.H, anchor=r.lse if h.known else r.anchor, bias=r.bias, target=r.target,
-            stride_t=h.stride_t, sums=r.sums, maxima=r.maxima, part_stride=h.plan.rows, row_max=r.row_max, flag=r.flag,
-        )  # fmt: skip
+    @property
+    def u(self) -> Tensor:
+        begin = self._prepared.begins[_SCRATCH.index("u")] // 4
+        return self._scratch[begin : begin + self._chunk_rows]
+
+    def prepare_products(self, h: Head) -> None:
+        r, lse = self._rows, h.lse
+        assert lse is not None
+        r.lse = lse.data_ptr()
+        self._logits = a = LogitsArguments.from_buffer_copy(self._prepared.logits)
+        a.anchor, a.bias, a.target = r.lse if h.known else r.anchor, r.bias, r.target
+        a.sums, a.maxima, a.row_max, a.flag = r.sums, r.maxima, r.row_max, r.flag
         self._x_map = nvrtc.tensor_map(h.x, h.N, ROWS)
         self._w_map = nvrtc.tensor_map(h.weight, h.V, COLUMNS // 2)
 
@@ -270,7 +319,7 @@ class Launches:
             0 if t is None else t.stride(0) for t in (g.lse, g.lse_slope, g.target, g.sum)
         )
         r.class_sum, r.slope = _address(h.class_sum), h.slope
-        r.u, r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.u, h.d, h.product, h.xs, h.dx, h.dw, h.db))
+        r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.d, h.product, h.xs, h.dx, h.dw, h.db))
         assert h.e is not None
         r.e, r.row_stride = _address(h.e), h.e.stride(0)
 
@@ -282,7 +331,7 @@ class Launches:
         a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
         a.group = ceil_div(pairs, ceil_div(pairs, _GROUP))
-        clusters = min(pairs * h.tiles, self._clusters)
+        clusters = min(pairs * h.tiles, self._prepared.clusters)
         e_map = self._x_map if h.e is None else nvrtc.tensor_map(h.e, n, ROWS)
         self._kernels.products[redo].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, e_map, a), self._stream)
 
@@ -302,7 +351,7 @@ class Launches:
         self._kernels.collect.launch(ceil_div(h.N, 8) * ceil_div(h.H, 256), 256, (r,), self._stream)
 
     def _found(self, row0: int) -> int:
-        return self._marks.data_ptr() + row0 // self._chunk_rows * self._marks.stride(0) * 4
+        return self._rows.marked + row0 // self._chunk_rows * self._prepared.marks_apart
 
 
 def fills_tiles(H: int) -> bool:

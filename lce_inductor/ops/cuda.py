@@ -15,11 +15,13 @@ import contextlib
 import functools
 import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .chunking import plan
+from .epilogue import Steps
 from .products import pieces, product, weight_gradient
 from .types import (
     ARGMAX,
@@ -55,13 +57,18 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _anchored() -> ModuleType:
+    from ..kernels import anchored
+
+    return anchored
+
+
 def forward(a: HeadArgs, stats: int) -> Stats:
     """Statistics only: one product, nothing kept, nothing written but statistics."""
     if _is_anchored(a, stats, None, (False,) * 3):
-        from ..kernels import anchored
-
         with _device(a.x):
-            found = anchored.forward(a, stats)
+            found = _anchored().forward(a, stats)
         _assert_targets(a.target, a.weight.shape[0])
         return _wide_lse(found)
     found = _empty_stats(a, stats)
@@ -72,10 +79,8 @@ def forward(a: HeadArgs, stats: int) -> Stats:
 def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
     """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed."""
     if _is_anchored(a, 0, grads, mask):
-        from ..kernels import anchored
-
         with _device(a.x):
-            return anchored.backward(a, lse, grads, mask)
+            return _anchored().backward(a, lse, grads, mask)
     found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
     if neg_entropy is not None:
         found = found._replace(neg_entropy=neg_entropy.contiguous())
@@ -90,10 +95,8 @@ def with_grad(
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32."""
     if _is_anchored(a, stats, grads, mask):
-        from ..kernels import anchored
-
         with _device(a.x):
-            rows, dx, dw, db = anchored.with_grad(a, stats, grads, mask, wide)
+            rows, dx, dw, db = _anchored().with_grad(a, stats, grads, mask, wide)
         _assert_targets(a.target, a.weight.shape[0])
         return _wide_lse(rows), dx, dw, db
     needed = stats
@@ -129,34 +132,45 @@ def _log_choice(x: tuple[int, ...], V: int, dtype: torch.dtype, stats: int, grad
 
 def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> str | None:
     """Why the anchored softmax does not do; None where it does."""
-    (N, H), V = a.x.shape, a.weight.shape[0]
-    g = grads or RowGrads()
-    if not a.x.is_cuda or _capability(a.x.device) not in _ANCHORED_CAPABILITIES:
+    x, w, g = a.x, a.weight, grads or RowGrads()
+    if not x.is_cuda:
         return "not chosen on this device"
-    if a.x.dtype != torch.bfloat16:
+    return _why_rows_of(
+        x.device, x.dtype, x.shape, w.shape[0], w.stride(), w.data_ptr() % 16, 0 if a.target is None else a.target.shape[1],
+        a.epilogue, a.chunk_tokens, a.workspace_bytes, stats, mask, grads is not None, g.all_none(),
+        g.sum is not None, g.neg_entropy is not None,
+    )  # fmt: skip
+
+
+# The GPU waits for the first launch: what is the same from step to step is decided once.
+@functools.lru_cache(maxsize=1024)
+def _why_rows_of(
+    device: torch.device, dtype: torch.dtype, x: tuple[int, int], V: int, w_strides: tuple[int, int], w_offset: int,
+    targets: int, steps: Steps, chunk_tokens: int, workspace_bytes: int, stats: int, mask: Mask, has_grads: bool,
+    no_gradient: bool, has_sum: bool, has_entropy: bool,
+) -> str | None:  # fmt: skip
+    N, H = x
+    if torch.cuda.get_device_capability(device) not in _ANCHORED_CAPABILITIES:
+        return "not chosen on this device"
+    if dtype != torch.bfloat16:
         return "bf16 only: exponentials need its range"
-    if stats & ~_ANCHORED_STATS or g.neg_entropy is not None:
+    if stats & ~_ANCHORED_STATS or has_entropy:
         return "a statistic that needs every logit"
-    if a.target is not None and a.target.shape[1] > 1:
+    if targets > 1:
         return "more than one target column"
-    if (stats & SUM or g.sum is not None) and any(step[0] not in _AFFINE for step in a.epilogue):
+    if (stats & SUM or has_sum) and any(step[0] not in _AFFINE for step in steps):
         return "sum of logits behind an epilogue that is not affine"
     if N < _ANCHORED_LEAST_N or V < _ANCHORED_LEAST_V or N * H * V < _ANCHORED_LEAST_WORK:
         return "too small"
-    if H % 8 or a.weight.stride(1) != 1 or a.weight.stride(0) % 8 or a.weight.data_ptr() % 16:
+    if H % 8 or w_strides[1] != 1 or w_strides[0] % 8 or w_offset:
         return "the weight's rows are not contiguous and 16-byte aligned"
-    if grads is not None and (not any(mask) or g.all_none()):
+    if has_grads and (not any(mask) or no_gradient):
         return "no gradient"
     if mask[2] and not mask[1]:
         return "gradient of the bias without the weight's"
-    if mask[1] and plan(N, H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda").count == 1:
+    if mask[1] and plan(N, H, V, 2, chunk_tokens, workspace_bytes, device="cuda").count == 1:
         return "a single chunk, whose dW needs no sums in fp32"
     return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gradients | None) -> None:
@@ -251,5 +265,5 @@ def _assert_targets(target: Tensor | None, V: int) -> None:
 
 def _device(t: Tensor) -> contextlib.AbstractContextManager:
     """Launches go to the current device, which need not be the tensor's."""
-    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
+    here = not t.is_cuda or t.get_device() == torch._C._cuda_getDevice()
     return contextlib.nullcontext() if here else torch.cuda.device(t.device)

@@ -19,6 +19,7 @@ is a mask of the bits in types.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -69,9 +70,10 @@ _lib.define(
 )
 
 
-def _impl(x: Tensor):  # type: ignore[no-untyped-def]
-    """The implementation for x's device: Triton and library products on CUDA, ATen everywhere else."""
-    if x.is_cuda:
+@functools.cache
+def _impl(on_cuda: bool):  # type: ignore[no-untyped-def]
+    """The implementation for a device: Triton and library products on CUDA, ATen everywhere else."""
+    if on_cuda:
         from . import cuda
 
         if cuda.available():
@@ -95,7 +97,7 @@ def _args(
 def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    return _distinct(_impl(x).forward(a, stats))
+    return _distinct(_impl(x.is_cuda).forward(a, stats))
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
@@ -104,7 +106,7 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
-    dx, dw, db = _impl(x).backward(a, lse, neg_entropy, grads, tuple(output_mask))
+    dx, dw, db = _impl(x.is_cuda).backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
@@ -112,11 +114,14 @@ def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
     epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
 ):  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
-    found, dx, dw, db = _impl(x).with_grad(a, stats, grads, tuple(output_mask), wide)
-    return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
+    with torch._C._AutoDispatchBelowAutograd():
+        found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide)
+        return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
 
 
 def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -248,7 +253,8 @@ for _name, _real, _fake in (
     _lib.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lce_inductor::{_name}", _fake, lib=_lib)
 torch.library.register_autograd("lce_inductor::row_stats", _backward, setup_context=_setup_context, lib=_lib)
-for _name in ("row_stats_backward", "row_stats_with_grad"):
-    torch.library.register_autograd(f"lce_inductor::{_name}", _no_second_derivative, lib=_lib)
+torch.library.register_autograd("lce_inductor::row_stats_backward", _no_second_derivative, lib=_lib)
+# Not a kernel in Python: the GPU waits for the first launch in row_stats_with_grad. The op itself refuses.
+_lib.impl("row_stats_with_grad", torch.library.fallthrough_kernel, "Autograd")
 _lib.impl("head_stats", composite.head_stats, "CompositeImplicitAutograd")
 _lib.impl("cross_entropy", composite.cross_entropy, "CompositeImplicitAutograd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -40,8 +39,7 @@ def grad_dtype(weight: torch.dtype, wide: bool) -> torch.dtype:
     return torch.float32 if weight in half else weight
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadArgs:
+class HeadArgs(NamedTuple):
     """One linear head: `Y = epilogue(x @ weight.T + bias)`, never held as a whole.
 
     Attributes:
@@ -65,8 +63,7 @@ class HeadArgs:
     workspace_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class RowGrads:
+class RowGrads(NamedTuple):
     """Gradient of the loss with respect to each row statistic; None means zero.
 
     Each in the dtype of its statistic or any other, any strides, 0 included.
@@ -88,7 +85,7 @@ class RowGrads:
 
     def all_none(self) -> bool:
         """True where the loss does not depend on the head at all."""
-        return all(g is None for g in (self.lse, self.lse_slope, self.target, self.sum, self.neg_entropy))
+        return all(g is None for g in self)
 
 
 class Stats(NamedTuple):
