@@ -30,7 +30,7 @@ class Config:
 
     min_logits_bytes: int = 64 << 20
     chunk_tokens: int | None = None
-    workspace_bytes: int = 1 << 30
+    workspace_bytes: int = 3 << 29
     gradients: str = "auto"
     returned_logits: str = "defer"
 

@@ -30,6 +30,10 @@ CASES = [
 BIG = [
     Case(N=1000, H=256, V=50257, dtype=torch.bfloat16, chunk_tokens=chunk, scale=scale, grads=grads)
     for chunk, scale, grads in ((0, 1.0, CE), (384, 3.0, CE), (384, 20.0, (*CE, "sum")), (0, 200.0, CE))
+] + [
+    # dX by our product, then the library's
+    Case(N=1500, H=1152, V=20011, dtype=torch.bfloat16, chunk_tokens=768, grads=grads)
+    for grads in (CE, (*CE, "sum"))
 ]
 
 

@@ -29,6 +29,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(hopper, "supported", lambda device: True)
     monkeypatch.setattr(hopper, "dw_kernel", lambda device, dtype: Product(hopper._DW_OF[dtype], launched))
+    monkeypatch.setattr(hopper, "dx_kernel", lambda device: Product(hopper._DX, launched))
+    monkeypatch.setattr(hopper, "beats_library_at_dx", lambda *sizes: True)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(hopper, "_prepared", functools.lru_cache(hopper._prepared.__wrapped__))
@@ -62,8 +64,21 @@ class Product:
     def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int) -> None:
         assert blocks % 2 == 0 and blocks > 0 and threads == 384 and stream == 0
         *maps, a = arguments
-        assert type(a) is (hopper.DwArguments if self.variant.is_dw else hopper.LogitsArguments)
-        (self._dw if self.variant.is_dw else self._logits)(a, *(m.tensor for m in maps))
+        product = self.variant.product
+        kinds = {"logits": hopper.LogitsArguments, "dx": hopper.DxArguments, "dw": hopper.DwArguments}
+        assert type(a) is kinds[product]
+        getattr(self, "_" + product)(a, *(m.tensor for m in maps))
+
+    def _dx(self, a: hopper.DxArguments, e: Tensor, weight: Tensor, out: Tensor) -> None:
+        self.launched.append("dx")
+        assert (a.rows, a.columns) == out.shape and a.inner == len(weight) == e.shape[1] and a.rows == len(e)
+        steps = -(-a.inner // hopper._DEPTH)
+        assert 0 < a.group <= -(-a.rows // hopper.PAIR) and (a.splits - 1) * a.part < steps <= a.splits * a.part
+        tiles = 2 * -(-a.rows // hopper.PAIR) * -(-a.columns // hopper.COLUMNS)
+        arrived = _at(a.arrived, tiles, ctypes.c_int, torch.int32)
+        assert (arrived == a.before).all()
+        arrived += a.splits
+        out.copy_(e.float() @ weight.float())
 
     def _dw(self, a: hopper.DwArguments, e: Tensor, xs: Tensor, dw: Tensor) -> None:
         self.launched.append("dw")

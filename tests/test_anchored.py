@@ -40,6 +40,8 @@ if INTERPRETED or ON_GPU:
     )
     def test_against_fp64(case, launched):
         cases.check(case, DEVICE, FACTOR)
+        if launched is not None:
+            assert {"anchors", "normalise", "dx", "spread"} <= {*launched}
 
     @pytest.mark.parametrize("launched", ENGINES, indirect=True)
     @pytest.mark.parametrize("rows", [[], [5], [0, 17, 36], list(range(37))], ids=["none", "one", "some", "all"])

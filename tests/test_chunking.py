@@ -4,12 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lce_inductor.config import Config
 from lce_inductor.ops.chunking import POLICIES, anchored_peak_bytes, peak_bytes, plan, saves_little
 
 GIB = 1 << 30
 
 
-def cuda(N, H, V, itemsize=2, chunk_tokens=0, workspace_bytes=GIB):
+BUDGET = Config().workspace_bytes
+
+
+def cuda(N, H, V, itemsize=2, chunk_tokens=0, workspace_bytes=BUDGET):
     return plan(N, H, V, itemsize, chunk_tokens, workspace_bytes, device="cuda")
 
 
@@ -19,8 +23,8 @@ def cuda(N, H, V, itemsize=2, chunk_tokens=0, workspace_bytes=GIB):
         (32768, 768, 50304, 3328, 10),
         (32768, 768, 50257, 3328, 10),
         (16384, 896, 151936, 3328, 5),
-        (16384, 2048, 131072, 2048, 8),
-        (8192, 2304, 256000, 2048, 4),
+        (16384, 2048, 131072, 3328, 5),
+        (8192, 2304, 256000, 2816, 3),
         (10007, 1000, 32003, 3584, 3),
         (16384, 4096, 128256, 4096, 4),
         (81920, 4096, 128256, 4096, 20),

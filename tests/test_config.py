@@ -35,7 +35,7 @@ def test_defaults():
     assert dataclasses.asdict(config) == {
         "min_logits_bytes": 64 * 2**20,
         "chunk_tokens": None,
-        "workspace_bytes": 2**30,
+        "workspace_bytes": 3 * 2**29,
         "gradients": "auto",
         "returned_logits": "defer",
     }

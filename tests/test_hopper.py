@@ -39,6 +39,7 @@ VARIANTS = [
     variant("STORE SUM HAS_TARGET HAS_BIAS"),
     variant("STORE SUM HAS_TARGET", SOFTCAP),
     variant("STORE SUM REDO HAS_BIAS", EVERY_STEP),
+    variant("DX"),
     variant("DW"),
     variant("DW HALF"),
 ]
@@ -59,9 +60,11 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
     ]
     assert len(products) == 8  # two blocks of 64 rows, four times 16 terms: one step of the loop
     assert any("UTMALDG.2D.MULTICAST" in line for line in code)
-    assert any("UTMASTG" in line for line in code) == bool(v.flags & {"STORE", "DW"})
-    assert any("UTMAREDG" in line and "ADD" in line for line in code) == v.is_dw
-    assert ("tnspA.tnspB" in code[products[0]]) == v.is_dw
+    assert any("UTMASTG" in line for line in code) == bool(v.flags & {"STORE", "DX", "DW"})
+    assert any("UTMAREDG" in line and "ADD" in line for line in code) == (v.product != "logits")
+    assert ["tnsp" + name in code[products[0]] for name in "AB"] == [bool(t) for t in v.transposed]
+    # All products of a step under way at once: the compiler has found no reason to wait after each.
+    assert sum("gsb0" in code[i] for i in products) == 1
     # Around the products: no registers in memory, and no fence of the GPU where a stage is given back.
     loop = code[products[0] - 30 : products[-1] + 15]
     assert not [line for line in loop if re.search(r"\b(STL|LDL|MEMBAR)\b", line)]
@@ -75,6 +78,7 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
         (variant("SUM HAS_TARGET"), 0),
         (variant("STORE SUM HAS_TARGET", SOFTCAP), 0),
         (variant("STORE SUM HAS_TARGET HAS_BIAS"), 16),  # once a tile
+        (variant("DX"), 2),  # once a part of a tile
         (variant("DW"), 0),
     ],
     ids=lambda v: " ".join(sorted(v.flags)) if isinstance(v, hopper.Variant) else "",
@@ -111,6 +115,52 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nvrtc, "_compile", None)
     assert nvrtc.compile(text, folder=tmp_path) == first
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "n, H, V, parts, full",
+    [
+        (3328, 2048, 131072, 6, 0.97),  # 143 tiles: 858 parts are 13 of each of 66 clusters
+        (2816, 2304, 256000, 1, 1.0),  # 132 tiles
+        (4096, 4096, 128256, 3, 0.97),
+        (1, 8, 1, 1, 0.0),
+        (256, 192, 200, 4, 0.06),  # no more parts than steps of 64 classes
+    ],
+)
+def test_parts_of_dx(n: int, H: int, V: int, parts: int, full: float) -> None:
+    found = hopper.parts_of_dx(n, H, V, 66)
+    assert found.count == parts and abs(found.full - full) < 0.006
+
+
+@pytest.mark.parametrize(
+    "n, H, ours",
+    [(3328, 2048, True), (2816, 2304, True), (2048, 2048, False), (4096, 4096, False), (3328, 768, False)],
+)
+def test_which_product_for_dx(n: int, H: int, ours: bool) -> None:
+    """As measured, see NOTES.md."""
+    assert hopper.beats_library_at_dx(n, H, 128256, 66) == ours
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU of compute capability 9.0")
+@pytest.mark.parametrize(
+    "n, H, V", [(256, 192, 256), (1000, 200, 1003), (768, 1152, 20011), (130, 1024, 5003), (3328, 2048, 5003)]
+)
+def test_dx_against_fp64(n: int, H: int, V: int) -> None:
+    """Sizes that are no multiple of a tile, several parts, launches one after another; each time the same bits."""
+    g = torch.Generator("cuda").manual_seed(0)
+    e = torch.rand(n, -(-V // 64) * 64, device="cuda", generator=g).bfloat16()
+    weight = torch.randn(V, H, device="cuda", generator=g).bfloat16()
+    e[:, V:] = float("nan")  # beyond the classes: not read
+    kernel = hopper.dx_kernel(e.device)
+    assert kernel is not None
+    counts = torch.zeros(2 * -(-n // hopper.PAIR) * -(-H // hopper.COLUMNS), dtype=torch.int32, device="cuda")
+    counted, found = 0, []
+    for _ in range(5):
+        found.append(torch.full((n, H), float("nan"), device="cuda"))
+        counted += hopper.launch_dx(kernel, found[-1], e, weight, counts.data_ptr(), counted)
+    exact = e[:, :V].double() @ weight.double()
+    assert (found[0] - exact).norm() < 2e-5 * exact.norm()
+    assert all(f.equal(found[0]) for f in found) and (counts == counted).all()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU of compute capability 9.0")

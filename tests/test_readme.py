@@ -103,7 +103,7 @@ def test_settings_table_has_every_field() -> None:
     defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README.split("## Settings")[1], re.MULTILINE))
     assert set(rows) == set(defaults)
-    written = {"64 MiB": 64 << 20, "1 GiB": 1 << 30, "None": None, '"auto"': "auto", '"defer"': "defer"}
+    written = {"64 MiB": 64 << 20, "1.5 GiB": 3 << 29, "None": None, '"auto"': "auto", '"defer"': "defer"}
     assert {k: written[v.strip()] for k, v in rows.items()} == defaults
 
 
@@ -111,7 +111,7 @@ def test_memory_worked_out() -> None:
     N, H, V = 81920, 4096, 128256
     p = plan(N, H, V, 2, 0, Config().workspace_bytes)
     assert f"{N:,} × {V:,} × 2 bytes = {N * V * 2 / 2**30:.2f} GiB" in README
-    assert f"{p.rows:,} rows of {V:,} logits" in README
+    assert f"{p.rows:,} rows of {V:,} logits, {p.rows * p.row_stride * 2 / 2**30:.2f} GiB" in README.replace("\n", " ")
     assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in README
     assert f"dX ({N * H * 2 / 2**30:.2f} GiB)" in README.replace("\n", " ")
     assert peak_bytes(p, N, H, V, 2, dx=True, dw=True) / 2**30 < 3.7

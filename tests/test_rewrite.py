@@ -64,7 +64,7 @@ linear = linear(x, w)
 cross_entropy = cross_entropy(linear, y)
 return (cross_entropy)
 ->
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -81,7 +81,7 @@ linear = linear(x, w, b)
 cross_entropy = cross_entropy(linear, y, c, label_smoothing=0.1)
 return (cross_entropy)
 ->
-head_stats_default = lce_inductor.head_stats(x, w, b, [y], [-100], c, '', 7, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, b, [y], [-100], c, '', 7, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], head_stats_default[2], y, c, 'mean', -100, 0.1, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -96,7 +96,7 @@ def test_graph_of_transposed_last_dimensions():
     assert_expected_inline(
         "".join(line for line in written.splitlines(True) if not line.startswith(("getattr", "m_t"))),
         """\
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -114,7 +114,7 @@ cross_entropy = cross_entropy(matmul, y, reduction='sum')
 return (cross_entropy)
 ->
 t = .t(w)
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'sum', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -131,7 +131,7 @@ cross_entropy = cross_entropy(matmul, y)
 return (cross_entropy)
 ->
 t_default = aten.t(w)
-head_stats_default = lce_inductor.head_stats(x, t_default, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, t_default, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -150,7 +150,7 @@ cross_entropy = cross_entropy(addmm, y)
 return (cross_entropy)
 ->
 t = .t(w)
-head_stats_default = lce_inductor.head_stats(x, w, b, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, b, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -166,7 +166,7 @@ einsum = einsum('nh,vh->nv', x, w)
 cross_entropy = cross_entropy(einsum, y)
 return (cross_entropy)
 ->
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -188,7 +188,7 @@ cross_entropy = cross_entropy(view, view_1)
 return (cross_entropy)
 ->
 view_1 = .view(y, -1)
-head_stats_default = lce_inductor.head_stats(x, w, None, [view_1], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [view_1], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, view_1, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -212,7 +212,7 @@ return (cross_entropy)
 getitem_1 = getitem(y, (slice(None, None, None), slice(1, None, None)))
 reshape_1 = .reshape(getitem_1, -1)
 getitem_2 = getitem(x, (slice(None, None, None), slice(None, -1, None)))
-head_stats_default = lce_inductor.head_stats(getitem_2, w, None, [reshape_1], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(getitem_2, w, None, [reshape_1], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, reshape_1, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -230,7 +230,7 @@ transpose = .transpose(linear, 1, 2)
 cross_entropy = cross_entropy(transpose, y, reduction='none')
 return (cross_entropy)
 ->
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'none', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -247,7 +247,7 @@ log_softmax = log_softmax(linear, -1)
 nll_loss = nll_loss(log_softmax, y)
 return (nll_loss)
 ->
-head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -274,7 +274,7 @@ return (cross_entropy)
 ->
 gt = gt(y, 3)
 labels = where(gt, y, -100)
-head_stats_default = lce_inductor.head_stats(x, w, None, [labels], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [labels], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, labels, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -300,7 +300,7 @@ add = add(cross_entropy, cross_entropy_1)
 return (add)
 ->
 roll = .roll(y, 1)
-head_stats_default = lce_inductor.head_stats(x, w, None, [y, roll], [-100, -100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [y, roll], [-100, -100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y, None, 'mean', -100, 0.0, 37, torch.float32)
 cross_entropy_default_1 = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 1], None, roll, None, 'sum', -100, 0.0, 37, torch.float32)
 add = add(cross_entropy_default, cross_entropy_default_1)
@@ -320,7 +320,7 @@ loss = self.loss(head, target)
 return loss
 ->
 norm = self.norm(x)
-head_stats_default = lce_inductor.head_stats(norm, head.weight, head.bias, [target], [-100], None, '', 7, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(norm, head.weight, head.bias, [target], [-100], None, '', 7, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], head_stats_default[2], target, None, 'mean', -100, 0.1, 37, torch.float32)
 return cross_entropy_default
 """,
@@ -336,7 +336,7 @@ def test_graph_of_logsumexp():
     assert_expected_inline(
         statistics(lambda z, y: z.logsumexp(-1).square().mean()),
         """\
-head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 1, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 1, 0, 1610612736)
 clamp = .clamp(y, min=0)
 unsqueeze_default = aten.unsqueeze(head_stats_default[0], -1)
 squeeze_dim = aten.squeeze.dim(unsqueeze_default, 1)
@@ -355,7 +355,7 @@ def test_graph_of_gathered_log_probabilities():
 clamp = .clamp(y, min=0)
 getitem = getitem(clamp, (slice(None, None, None), None))
 select_int = aten.select.int(getitem, 1, 0)
-head_stats_default = lce_inductor.head_stats(x, w, None, [select_int], [-9223372036854775808], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [select_int], [-9223372036854775808], None, '', 3, 0, 1610612736)
 unsqueeze_default = aten.unsqueeze(head_stats_default[1][..., 0], -1)
 unsqueeze_default_1 = aten.unsqueeze(head_stats_default[0], -1)
 neg_default = aten.neg(unsqueeze_default_1)
@@ -372,7 +372,7 @@ def test_graph_of_argmax():
     assert_expected_inline(
         statistics(lambda z, y: z.argmax(-1)),
         """\
-head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 32, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 32, 0, 1610612736)
 clamp = .clamp(y, min=0)
 unsqueeze_default = aten.unsqueeze(head_stats_default[5], -1)
 squeeze_dim = aten.squeeze.dim(unsqueeze_default, 1)
@@ -386,7 +386,7 @@ def test_graph_of_entropy():
     assert_expected_inline(
         statistics(lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)),
         """\
-head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 9, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [], [], None, '', 9, 0, 1610612736)
 clamp = .clamp(y, min=0)
 unsqueeze_default = aten.unsqueeze(head_stats_default[3], -1)
 squeeze_dim = aten.squeeze.dim(unsqueeze_default, 1)
@@ -403,7 +403,7 @@ def test_graph_of_softcap():
         statistics(lambda z, y: F.cross_entropy(30 * torch.tanh(z / 30), y)),
         """\
 clamp = .clamp(y, min=0)
-head_stats_default = lce_inductor.head_stats(x, w, None, [clamp], [-100], None, 'div 30.0;tanh;mul 30.0', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [clamp], [-100], None, 'div 30.0;tanh;mul 30.0', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, clamp, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -415,7 +415,7 @@ def test_graph_of_a_temperature_in_place():
         statistics(lambda z, y: F.cross_entropy(z.div_(0.7), y)),
         """\
 clamp = .clamp(y, min=0)
-head_stats_default = lce_inductor.head_stats(x, w, None, [clamp], [-100], None, 'div 0.7', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, w, None, [clamp], [-100], None, 'div 0.7', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, clamp, None, 'mean', -100, 0.0, 37, torch.float32)
 return (cross_entropy_default)
 """,
@@ -430,7 +430,7 @@ def test_graph_of_a_class_slice():
 clamp = .clamp(y, min=0)
 clamp_1 = .clamp(clamp, max=29)
 slice_tensor = aten.slice.Tensor(w, 0, 0, 30)
-head_stats_default = lce_inductor.head_stats(x, slice_tensor, None, [clamp_1], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x, slice_tensor, None, [clamp_1], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, clamp_1, None, 'mean', -100, 0.0, 30, torch.float32)
 return (cross_entropy_default)
 """,

@@ -26,7 +26,7 @@ nll_loss_forward = aten.nll_loss_forward(_log_softmax, y_1, None, 1, -100)
 return nll_loss_forward[0]
 ->
 t = aten.t(w_1)
-head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [y_1], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [y_1], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y_1, None, 'mean', -100, 0.0, 37, torch.float32)
 return cross_entropy_default
 """,
@@ -72,7 +72,7 @@ view = aten.view(permute_2, [1, 24, 8])
 permute_3 = aten.permute(permute_1, [3, 1, 0, 2])
 view_1 = aten.view(permute_3, [1, 8, 37])
 view_5 = aten.view(y_1, [4, 1, -1])
-head_stats_default = lce_inductor.head_stats(view, w_1, None, [view_5], [-100], None, '', 3, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(view, w_1, None, [view_5], [-100], None, '', 3, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, view_5, None, 'mean', -100, 0.0, 37, torch.float32)
 return cross_entropy_default
 """,
@@ -109,7 +109,7 @@ return add
 t = aten.t(w_1)
 view = aten.view(c_1, [1, 37])
 reshape_default = aten.reshape(view, [-1])
-head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [y_1], [-100], reshape_default, '', 7, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [y_1], [-100], reshape_default, '', 7, 0, 1610612736)
 cross_entropy_default = lce_inductor.cross_entropy(head_stats_default[0], head_stats_default[1][..., 0], None, y_1, c_1, 'mean', -100, 0.0, 37, torch.float32)
 unsqueeze_default = aten.unsqueeze(head_stats_default[2], -1)
 unsqueeze_default_1 = aten.unsqueeze(head_stats_default[0], -1)
@@ -153,7 +153,7 @@ t = aten.t(w_1)
 add_tensor = aten.add.Tensor(y_1, 37)
 lt_scalar = aten.lt.Scalar(y_1, 0)
 where_self = aten.where.self(lt_scalar, add_tensor, y_1)
-head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [where_self], [-9223372036854775808], None, '', 2, 0, 1073741824)
+head_stats_default = lce_inductor.head_stats(x_1, w_1, None, [where_self], [-9223372036854775808], None, '', 2, 0, 1610612736)
 arange = aten.arange(24, device=device(type='cpu'), pin_memory=False)
 unsqueeze_default = aten.unsqueeze(head_stats_default[1][..., 0], -1)
 squeeze_dim = aten.squeeze.dim(unsqueeze_default, 1)

@@ -75,16 +75,11 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
     head.first_product(buffer)
     # From here on the GPU is busy.
     head.prepare_gradients(grads, mask)
-    # The last few classes apart: cuBLAS looks at the sizes too, and an odd V costs several times the time.
-    tail = V % 8 if V >= 8 else V
-    whole = head.weight[: V - tail]
     for row0, n in p.bounds(N):
         head.logits(row0, n)
-        if head.product is not None:
-            if tail < V:
-                product(head.product[:n], buffer[:n, : V - tail], whole)
-            else:
-                head.product.zero_()
+        tail = 0
+        if head.product is not None and not head.launches.product(head, n):
+            tail = head.product_by_library(n)
         head.launches.spread(head, row0, n, tail)
         if head.dw is not None:
             assert head.xs is not None
@@ -188,6 +183,19 @@ class Head:
             self.launches.exponentials(self, row0, n, redo=True)
             self.launches.normalise(self, row0, n, redo=True)
 
+    def product_by_library(self, n: int) -> int:
+        """product[:n] = E @ weight but for the last few classes; how many they are.
+
+        cuBLAS looks at the sizes too, and an odd V costs several times the time.
+        """
+        assert self.product is not None and self.e is not None
+        tail = self.V % 8 if self.V >= 8 else self.V
+        if tail < self.V:
+            product(self.product[:n], self.e[:n, : self.V - tail], self.weight[: self.V - tail])
+        else:
+            self.product.zero_()
+        return tail
+
     def free_chunk(self) -> None:
         """Let go of what only the chunks needed."""
         self.e = self.product = self.xs = None
@@ -215,6 +223,7 @@ class Head:
     def stats(self) -> Stats:
         """Filled in by the launches, possibly after this returns."""
         nothing = self.f32(0)
+        assert self.lse is not None
         if self.target is None and self.target_logit is not None:
             self.target_logit.zero_()
         return Stats(

@@ -26,8 +26,8 @@ _COLUMN_SUMS = 2048
 class Launches:
     """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py.
 
-    anchor, raw: [N], as the kernels say; u, row_max, flag: [chunk rows]. sums, maxima: [tiles * chunk rows], of E and of
-    the logits in each column tile.
+    anchor, raw: [N], as the kernels say; u, row_max, flag: [chunk rows]. sums, maxima: [tiles * chunk rows], of E and
+    of the logits in each column tile.
     """
 
     def __init__(self, h: Head) -> None:
@@ -44,7 +44,8 @@ class Launches:
         sizes = [h.N, h.N, rows, rows, rows, parts, parts]
         self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = h.f32(sum(sizes)).split(sizes)
         self.flag = flag.view(torch.int32)
-        self.sums, self.maxima = (None, None) if h.known else (sums, maxima)
+        self.sums: Tensor | None = None if h.known else sums
+        self.maxima: Tensor | None = None if h.known else maxima
 
     def prepare_products(self, h: Head) -> None:
         """Nothing, as below."""
@@ -86,6 +87,10 @@ class Launches:
             STEPS=self._steps, KNOWN=h.known, GRAD=h.d is not None, REDO=redo, PAIR=PAIR, BLOCK_N=block,
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
+
+    def product(self, h: Head, n: int) -> bool:
+        """False: the library's is faster."""
+        return False
 
     def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
         assert h.e is not None

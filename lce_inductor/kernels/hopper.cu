@@ -5,7 +5,7 @@
 // runs beside the product of the next. The blocks of a cluster take two row tiles beside the same columns: each fetches
 // half of B for both.
 //
-// hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh and hopper_dw.cuh, which say
+// hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh, hopper_dx.cuh and hopper_dw.cuh, which say
 // where the operands come from and what f is.
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
@@ -35,18 +35,18 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     cluster_sync();
 
     const int pairs = (a.rows + 2 * BM - 1) / (2 * BM), columns = (a.columns + BN - 1) / BN;
-    const int steps = (a.inner + DEPTH - 1) / DEPTH, count = pairs * columns;
+    const int steps = (a.inner + DEPTH - 1) / DEPTH, count = pairs * columns * splits(a);
 
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
             u32 stage = 0, parity = 1;  // a fresh barrier counts as one whose odd phase is over
             for (int tile = blockIdx.x / 2; tile < count; tile += gridDim.x / 2) {
-                const Tile t = tile_at(tile, pairs, columns, a.group);
+                const Tile t = part_at(a, tile, pairs, columns, steps);
                 if (!wanted(a, t.m)) continue;
                 const int m = t.m + rank * BM;
 #pragma unroll 1
-                for (int k = 0; k < steps; ++k) {
+                for (int k = t.k; k < t.k + t.steps; ++k) {
                     const u32 to_a = base + stage * STAGE_BYTES, to_b = to_a + A_BYTES;
                     barrier_wait(empty(stage), parity);
                     barrier_expect(full(stage), STAGE_BYTES);
@@ -59,14 +59,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int mine = group - 1, thread = threadIdx.x & 127;
         // Bytes to the next 16 of the inner dimension, and to the next 64 columns.
-        constexpr u32 K16 = TRANSPOSED ? 16 * 128 : 16 * 2, APART = TRANSPOSED ? DEPTH * 128 : 0;
+        constexpr u32 A16 = TRANSPOSED_A ? 16 * 128 : 16 * 2, A_APART = TRANSPOSED_A ? DEPTH * 128 : 0;
+        constexpr u32 B16 = TRANSPOSED_B ? 16 * 128 : 16 * 2, B_APART = TRANSPOSED_B ? DEPTH * 128 : 0;
         u32 step = 0;   // stages before this tile, of both warpgroups
         int index = 0;  // tiles before this one, of both
         for (int tile = blockIdx.x / 2; tile < count; tile += gridDim.x / 2) {
-            const Tile t = tile_at(tile, pairs, columns, a.group);
+            const Tile t = part_at(a, tile, pairs, columns, steps);
             if (!wanted(a, t.m)) continue;
             if ((index++ & 1) != mine) {
-                step += steps;
+                step += t.steps;
                 continue;
             }
             // Turns alternate, and the first warpgroup's first one is free.
@@ -78,13 +79,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             // A barrier tells only whether the phase before this one is over: wait for the other's last stage first.
             barrier_wait(go(mine), own);
             u32 before = 0;
-            for (int k = 0; k < steps; ++k, ++step) {
+            for (int k = 0; k < t.steps; ++k, ++step) {
                 const u32 stage = step % STAGES, from_a = base + stage * STAGE_BYTES, from_b = from_a + A_BYTES;
                 barrier_wait(full(stage), step / STAGES & 1);
                 wgmma_begin();
                 FOR(i, DEPTH / 16) {
-                    const u64 b = operand(from_b + i * K16, APART);
-                    FOR(m, 2) wgmma_bn(acc[m], operand(from_a + m * 64 * 128 + i * K16, APART), b, (k | i) != 0);
+                    const u64 b = operand(from_b + i * B16, B_APART);
+                    FOR(m, 2) wgmma_bn(acc[m], operand(from_a + m * 64 * 128 + i * A16, A_APART), b, (k | i) != 0);
                 }
                 wgmma_end();
                 if (k > 0) {
@@ -99,8 +100,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             if (thread < 2) barrier_arrive_at(empty(before), thread);
             prepare(a, acc, t.m + rank * BM, t.n, mine);
             if (STAGING_BYTES > 0) barrier_wait(turn(mine), own);
-            finish(a, &out_map, acc, t.m + rank * BM, t.n, staging, mine);
+            finish(a, &out_map, acc, t, rank, staging, mine);
             if (STAGING_BYTES > 0 && thread == 0) barrier_arrive(turn(mine ^ 1));
+            if (thread == 0) announce(a, t, rank);
         }
     }
     // Neither block goes while the other may still write to it.

@@ -34,6 +34,7 @@ _DEPTH = 64
 _FLAGS = ("STORE", "SUM", "REDO", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 # Pairs of row tiles that share columns: what 66 clusters work on at a time is about square.
 _GROUP = 8
+_MOST_PARTS = 8  # of the inner dimension, in the product for dX
 
 
 _INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
@@ -61,6 +62,12 @@ class DwArguments(ctypes.Structure):
     _fields_ = _fields("rows columns inner group accumulate int")
 
 
+class DxArguments(ctypes.Structure):
+    """`Arguments` of hopper_dx.cuh."""
+
+    _fields_ = _fields("rows columns inner group splits part before int, arrived ptr")
+
+
 class RowsArguments(ctypes.Structure):
     """`Arguments` of hopper_rows.cuh."""
 
@@ -83,18 +90,26 @@ class Variant(NamedTuple):
         return "f16" if "HALF" in self.flags else "bf16"
 
     @property
-    def is_dw(self) -> bool:
-        return "DW" in self.flags
+    def product(self) -> str:
+        """Which of the three: its file is hopper_*.cuh."""
+        return "dw" if "DW" in self.flags else "dx" if "DX" in self.flags else "logits"
 
     @property
     def name(self) -> str:
         """Of the kernel, as a profile shows it."""
-        return "lce_dw" if self.is_dw else "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
+        if self.product == "logits":
+            return "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
+        return f"lce_{self.product}"
+
+    @property
+    def transposed(self) -> tuple[int, int]:
+        """Is the inner dimension the outer one of each operand in memory?"""
+        return {"logits": (0, 0), "dx": (0, 1), "dw": (1, 1)}[self.product]
 
     @property
     def staging_bytes(self) -> int:
-        """For what is on its way out: a tile of E, or three slices of dW."""
-        return ROWS * COLUMNS * 2 if self.flags & {"STORE", "DW"} else 0
+        """For what is on its way out: a tile of E, or three slices in fp32."""
+        return ROWS * COLUMNS * 2 if self.flags & {"STORE", "DX", "DW"} else 0
 
     @property
     def stages(self) -> int:
@@ -108,6 +123,7 @@ class Variant(NamedTuple):
 
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 _CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
+_DX = Variant(frozenset({"DX"}))
 _DW = Variant(frozenset({"DW"}))
 _DW_OF = {torch.bfloat16: _DW, torch.float16: Variant(frozenset({"DW", "HALF"}))}
 
@@ -115,7 +131,14 @@ _DW_OF = {torch.bfloat16: _DW, torch.float16: Variant(frozenset({"DW", "HALF"}))
 @functools.cache
 def supported(device: torch.device) -> bool:
     """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernels. device: with its index."""
-    return _try((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DW), device) is not None
+    return _try((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DX, _DW), device) is not None
+
+
+@functools.cache
+def dx_kernel(device: torch.device) -> nvrtc.Kernel | None:
+    """The kernel for launch_dx; None where there is none for the device (with its index)."""
+    found = _try((_DX,), device)
+    return None if found is None else found.products[0]
 
 
 @functools.cache
@@ -142,10 +165,10 @@ def source(variant: Variant) -> str:
         "BN": COLUMNS, "STAGES": variant.stages, "NAME": variant.name,
     }  # fmt: skip
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    own = "hopper_dw.cuh" if variant.is_dw else "hopper_logits.cuh"
-    common, own, loop = (_file(name) for name in ("hopper_common.cuh", own, "hopper.cu"))
+    wide = [] if variant.product == "logits" else ["hopper_wide.cuh"]
+    common, *files = map(_file, ("hopper_common.cuh", *wide, f"hopper_{variant.product}.cuh", "hopper.cu"))
     steps = _epilogue(variant.steps, exact=False)
-    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, own, loop])
+    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, *files])
 
 
 def rows_source(steps: Steps) -> str:
@@ -160,7 +183,7 @@ def _file(name: str) -> str:
 
 def _wgmma(columns: int, variant: Variant) -> str:
     """The product of 64 rows, `columns` columns and 16 terms: an instruction with half of `columns` registers."""
-    t, operand = int(variant.is_dw), variant.operands
+    (a, b), operand = variant.transposed, variant.operands
     n = columns // 2
     registers = ", ".join(f"%{i}" for i in range(n))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(n))
@@ -168,7 +191,7 @@ def _wgmma(columns: int, variant: Variant) -> str:
 __device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, unsigned long long b, int add) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
                  "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} "
-                 "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, {t}, {t};\\n}}"
+                 "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, {a}, {b};\\n}}"
                  : {operands} : "l"(a), "l"(b), "r"(add));
 }}"""
 
@@ -235,12 +258,12 @@ class _Prepared(NamedTuple):
     clusters: int
     rows: RowsArguments
     logits: LogitsArguments
-    begins: tuple[int, ...]  # of _SCRATCH in their allocation, in bytes; then where it ends
+    begins: tuple[int, ...]  # of _SCRATCH in their allocation, in bytes; then where the last begins and ends
     marks_apart: int  # from chunk to chunk, in bytes
 
 
-# Vectors that only the kernels see: anchor, raw [N]; u, row_max, flag [chunk rows]; sums, maxima [tiles * chunk rows], of E
-# and of the logits in each column tile; marked [chunks, 1 + pairs].
+# Vectors that only the kernels see: anchor, raw [N]; u, row_max, flag [chunk rows]; sums, maxima [tiles * chunk rows],
+# of E and of the logits in each column tile; marked [chunks, 1 + pairs]. Behind them, what launch_dx counts.
 _SCRATCH = ("anchor", "raw", "u", "row_max", "flag", "sums", "maxima", "marked")
 
 
@@ -252,10 +275,11 @@ def _prepared(
     variants = _variants(bias, target, store, known, steps)
     pairs = ceil_div(chunk_rows, PAIR)
     marks, parts = max(chunks, 1) * (1 + pairs), 0 if known else tiles * chunk_rows
-    sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, marks)
+    counted = 2 * pairs * ceil_div(H, COLUMNS) if store else 0
+    sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, marks, counted)
     rows = RowsArguments(
-        N=N, H=H, V=V, samples=samples, tiles=tiles, marks=marks, stride_x=stride_x, stride_w=stride_w, stride_t=stride_t,
-        part_stride=chunk_rows,
+        N=N, H=H, V=V, samples=samples, tiles=tiles, marks=marks + counted, stride_x=stride_x, stride_w=stride_w,
+        stride_t=stride_t, part_stride=chunk_rows,
     )  # fmt: skip
     logits = LogitsArguments(columns=V, inner=H, stride_t=stride_t, part_stride=chunk_rows)
     return _Prepared(
@@ -267,20 +291,20 @@ def _prepared(
 class Launches:
     """The launches of one call of the anchored softmax (`Head` in anchored.py), on the current stream.
 
-    Everything that chunks share is made once, and what a launch does not need only after it: a launch has to cost the
-    host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a reference to it
-    would be a cycle, and its tensors would stay until the garbage collector comes.
+    Everything that chunks share is made once, and what a launch does not need only after it: a launch has to cost
+    the host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a reference
+    to it would be a cycle, and its tensors would stay until the garbage collector comes.
     """
 
     def __init__(self, h: Head) -> None:
         device, x, weight, target = h.x.device, h.x, h.weight, h.target
         self._prepared = p = _prepared(
-            device, h.N, h.H, h.V, h.plan.rows, h.plan.count, h.tiles, h.samples, x.stride(0), weight.stride(0), h.stride_t,
-            h.bias is not None, target is not None, h.store, h.known, h.steps,
+            device, h.N, h.H, h.V, h.plan.rows, h.plan.count, h.tiles, h.samples, x.stride(0), weight.stride(0),
+            h.stride_t, h.bias is not None, target is not None, h.store, h.known, h.steps,
         )  # fmt: skip
         self._stream = nvrtc.current_stream(device)
         nvrtc.need_context()
-        self._kernels, self._chunk_rows = p.kernels, h.plan.rows
+        self._kernels, self._chunk_rows, self._counted = p.kernels, h.plan.rows, 0
         self._scratch = h.f32(p.begins[-1] // 4)
         base = self._scratch.data_ptr()
         self._rows = r = RowsArguments.from_buffer_copy(p.rows)
@@ -341,6 +365,15 @@ class Launches:
         flags = _INT(h.known), _INT(redo)
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
+    def product(self, h: Head, n: int) -> bool:
+        """h.product[:n] = E @ weight, or False where the library is faster."""
+        assert h.product is not None and h.e is not None
+        kernel = dx_kernel(h.x.device) if beats_library_at_dx(n, h.H, h.V, self._prepared.clusters) else None
+        if kernel is not None:
+            counts = self._rows.anchor + self._prepared.begins[-2]
+            self._counted += launch_dx(kernel, h.product[:n], h.e[:n], h.weight, counts, self._counted)
+        return kernel is not None
+
     def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
         self._rows.tail = tail
         self._kernels.spread.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
@@ -357,6 +390,62 @@ class Launches:
 def fills_tiles(H: int) -> bool:
     """Is little of dW's tiles of 192 columns empty? Else the library's products are faster (NOTES.md)."""
     return 0.9 * COLUMNS * ceil_div(H, COLUMNS) <= H
+
+
+class Parts(NamedTuple):
+    """How the product for dX is cut: parts of the inner dimension, and how full its tiles and clusters are, up to 1."""
+
+    count: int
+    full: float
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of_dx(n: int, H: int, V: int, clusters: int) -> Parts:
+    """The fewest parts with which the tiles come out even on the clusters, or nearly so."""
+    tiles, steps = ceil_div(n, PAIR) * ceil_div(H, COLUMNS), ceil_div(V, _DEPTH)
+    wanted = range(1, _MOST_PARTS + 1)
+    even = [_even(tiles * parts, clusters) for parts in wanted]
+    parts = next((p for p, e in zip(wanted, even) if e > 0.99), wanted[even.index(max(even))])
+    parts = ceil_div(steps, ceil_div(steps, parts))  # none of them is empty
+    return Parts(parts, _even(tiles * parts, clusters) * n * H / (tiles * PAIR * COLUMNS))
+
+
+def _even(tiles: int, at_once: int) -> float:
+    """How full the GPU is with so many tiles of which it takes `at_once` at a time, up to 1."""
+    return tiles / (at_once * ceil_div(tiles, at_once))
+
+
+@functools.lru_cache(maxsize=256)
+def beats_library_at_dx(n: int, H: int, V: int, clusters: int) -> bool:
+    """Does our product come out even, where the library's tiles of 128 x 256 do not (NOTES.md)?"""
+    library = _even(ceil_div(n, 128) * ceil_div(H, 256), 2 * clusters)
+    return H >= 1024 and library < 0.9 and parts_of_dx(n, H, V, clusters).full >= 0.95
+
+
+def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arrived: int, before: int) -> int:
+    """out = E @ weight on the current stream and device; returns by how much it raises each number at `arrived`.
+
+    Args:
+        kernel: dx_kernel's for the device.
+        out: [n, H], fp32; e: [n, at least V], weight: [V, H], both bf16. Rows are 16-byte aligned.
+        arrived: address of an int32 for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns.
+        before: what those numbers are when the product begins.
+    """
+    nvrtc.need_context()
+    (n, H), V, most = out.shape, weight.shape[0], tuning.multiprocessors(out.device) // 2
+    pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, _DEPTH), parts_of_dx(n, H, V, most).count
+    a = DxArguments(
+        rows=n, columns=H, inner=V, group=ceil_div(pairs, ceil_div(pairs, _GROUP)), splits=parts,
+        part=ceil_div(steps, parts), before=before, arrived=arrived,
+    )  # fmt: skip
+    maps = (
+        nvrtc.tensor_map(e[:, :V], n, ROWS),
+        nvrtc.tensor_map(weight, V, _DEPTH // 2),
+        nvrtc.tensor_map(out, n, ROWS),
+    )
+    clusters = min(pairs * ceil_div(H, COLUMNS) * parts, most)
+    kernel.launch(2 * clusters, _THREADS, (*maps, a), nvrtc.current_stream(out.device))
+    return parts
 
 
 def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulate: bool) -> None:

@@ -19,13 +19,14 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 
 struct Tile {
     int m, n;  // first row of the cluster's two row tiles, first column
+    int k, steps;  // of the inner dimension: first step, and how many of DEPTH each
 };
 
 // `group` pairs of row tiles at a time, so that both operands stay in L2.
-__device__ __forceinline__ Tile tile_at(int tile, int pairs, int columns, int group) {
+__device__ __forceinline__ Tile tile_at(int tile, int pairs, int columns, int group, int steps) {
     int per_group = group * columns, first = tile / per_group * group;
     int size = min(pairs - first, group), inside = tile % per_group;
-    return {(first + inside % size) * 2 * BM, inside / size * BN};
+    return {(first + inside % size) * 2 * BM, inside / size * BN, 0, steps};
 }
 
 // --- instructions ------------------------------------------------------------------------------------------------
@@ -110,6 +111,9 @@ __device__ __forceinline__ void put_end() { asm volatile("cp.async.bulk.commit_g
 template <int PENDING> __device__ __forceinline__ void put_wait() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
+
+// Until all of this thread's are where they were to go.
+__device__ __forceinline__ void put_arrived() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // What the threads of a warpgroup have written to shared memory is there for all of them, and for the copy engine.
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {

@@ -3,11 +3,8 @@
 // The sums of chunks before are added by the copy engine, in L2, while the next tile is multiplied: nothing waits for them,
 // and each is added to once a launch, so that the same inputs give the same bits.
 
-constexpr bool TRANSPOSED = true;              // both operands are M/N-major
-constexpr int SLICE = 32;                      // columns of dW that leave together: 128 bytes
-constexpr int SLICE_BYTES = BM * SLICE * 4;
-constexpr int RING = 3;                        // slices on their way out
-constexpr int STAGING_BYTES = RING * SLICE_BYTES;
+constexpr bool TRANSPOSED_A = true, TRANSPOSED_B = true;  // both operands are M/N-major
+constexpr int STAGING_BYTES = WIDE_BYTES;
 
 struct Arguments {
     int rows, columns, inner;  // of the product: V, H, n
@@ -17,6 +14,11 @@ struct Arguments {
 
 __device__ __forceinline__ bool nothing_to_do(const Arguments&) { return false; }
 __device__ __forceinline__ bool wanted(const Arguments&, int) { return true; }
+__device__ __forceinline__ int splits(const Arguments&) { return 1; }
+__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
+    return tile_at(tile, pairs, columns, a.group, steps);
+}
+__device__ __forceinline__ void announce(const Arguments&, const Tile&, u32) {}
 
 // A step of both operands: 64 rows of E for 128 classes, and this block's half of as many rows of xs.
 __device__ __forceinline__ void fetch_stage(const Arguments&, const TensorMap* e_map, const TensorMap* xs_map, u32 to_a,
@@ -28,33 +30,7 @@ __device__ __forceinline__ void fetch_stage(const Arguments&, const TensorMap* e
 
 __device__ __forceinline__ void prepare(const Arguments&, float (&)[2][BN / 2], int, int, int) {}
 
-__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* dw_map, float (&acc)[2][BN / 2], int first_v,
-                                       int first_h, u32 staging, int warpgroup) {
-    const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
-    FOR(s, BN / SLICE) {
-        const u32 slice = staging + s % RING * SLICE_BYTES;
-        if (s >= RING) {
-            if (thread == 0) put_wait<RING - 1>();
-            warpgroup_sync(warpgroup);
-        }
-        FOR(m, 2) FOR(h, 2) {
-            const int row = 64 * m + 16 * warp + 8 * h + lane / 4;
-            FOR(j, SLICE / 8) {
-                const int chunk = 2 * j + lane % 4 / 2, at = 4 * (SLICE / 8 * s + j) + 2 * h;
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(slice + row * 128 + (chunk ^ (row & 7)) * 16 +
-                                                                     lane % 2 * 8),
-                             "f"(acc[m][at]), "f"(acc[m][at + 1])
-                             : "memory");
-            }
-        }
-        warpgroup_sync(warpgroup);
-        if (thread == 0) {
-            if (a.accumulate)
-                add(dw_map, first_h + SLICE * s, first_v, slice);
-            else
-                put(dw_map, first_h + SLICE * s, first_v, slice);
-            put_end();
-        }
-    }
-    if (thread == 0) put_wait<0>();
+__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* dw_map, float (&acc)[2][BN / 2], const Tile& t,
+                                       u32 rank, u32 staging, int warpgroup) {
+    write_wide(dw_map, acc, t.m + rank * BM, t.n, staging, warpgroup, a.accumulate);
 }

@@ -3,7 +3,7 @@
 // What the host defines: epilogue() (text), HAS_BIAS, HAS_STEPS, HAS_TARGET, and any of STORE (write E), SUM (write sums
 // and maxima over a tile's columns), REDO (only pairs of row tiles with a saturated row, with new anchors for those rows).
 
-constexpr bool TRANSPOSED = false;         // both operands are K-major
+constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = false;  // both operands are K-major
 constexpr int BOX_BYTES = BM * 128;       // a part of E on its way out: 64 columns
 constexpr int STAGING_BYTES = STORE ? BN / 64 * BOX_BYTES : 0;
 
@@ -25,6 +25,11 @@ struct Arguments {
 
 __device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return REDO && a.found[0] == 0; }
 __device__ __forceinline__ bool wanted(const Arguments& a, int m) { return !REDO || a.found[1 + m / (2 * BM)] != 0; }
+__device__ __forceinline__ int splits(const Arguments&) { return 1; }
+__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
+    return tile_at(tile, pairs, columns, a.group, steps);
+}
+__device__ __forceinline__ void announce(const Arguments&, const Tile&, u32) {}
 
 // A step of both operands: 128 rows of x, and this block's half of BN classes.
 __device__ __forceinline__ void fetch_stage(const Arguments& a, const TensorMap* x_map, const TensorMap* w_map, u32 to_a,
@@ -129,9 +134,10 @@ __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN /
 }
 
 // E by way of the staging buffer.
-__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_map, float (&acc)[2][BN / 2], int first_n,
-                                       int first_v, u32 staging, int warpgroup) {
+__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* e_map, float (&acc)[2][BN / 2], const Tile& t,
+                                       u32 rank, u32 staging, int warpgroup) {
     if (!STORE) return;
+    const int first_n = t.m + rank * BM, first_v = t.n;
     const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
     FOR(m, 2) {
         const u32 row = staging + (64 * m + 16 * warp + (lane & 15)) * 128;

@@ -5,8 +5,8 @@ The automatic policy weighs memory against time (numbers of an H100; `POLICIES` 
 * Every chunk costs launches, and one more sum into dW, in fp32. What that is of a step falls with rows and with H:
   2048 rows a chunk for 4096 cost 6% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
 * A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
-  to `rows_per_hidden` * H rows; beyond, where dW is what counts, it is at most half of dW: H rows. Never fewer than
-  `least_rows` for this reason.
+  to `rows_per_hidden` * H rows, but no more than `most_bytes`; beyond, where dW is what counts, it is at most seven
+  eighths of dW: 1.75 H rows. Never fewer than `least_rows` for these reasons.
 * A chunk of less than `least_bytes` is not worth its launches, and a head is not worth chunks that save less than
   `least_saving`: sums, and the pass that multiplies dW by the tangent, cost 3 to 200% of steps of 1 to 10 ms.
 * `workspace_bytes` is a limit and always wins.
@@ -30,12 +30,14 @@ class Policy:
     least_saving: int
     small_hidden: float
     rows_per_hidden: float
+    most_bytes: int
     tile: int
     align: int
 
     def rows(self, H: int, row_bytes: int) -> int:
         """Rows of a chunk where neither N nor the budget limits them."""
-        for_hidden = int(self.rows_per_hidden * H) if self.small_hidden > H else H
+        small = self.small_hidden > H
+        for_hidden = min(int(self.rows_per_hidden * H), self.most_bytes // row_bytes) if small else 7 * H // 4
         return max(min(self.target_rows, max(for_hidden, self.least_rows)), self.least_bytes // row_bytes)
 
 
@@ -48,11 +50,22 @@ POLICIES = {
         least_saving=256 << 20,
         small_hidden=2048,
         rows_per_hidden=4.5,
+        most_bytes=1 << 30,
         tile=256,
         align=64,
     ),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
-    "cpu": Policy(512, 512, least_bytes=0, least_saving=0, small_hidden=math.inf, rows_per_hidden=5, tile=16, align=1),
+    "cpu": Policy(
+        512,
+        512,
+        least_bytes=0,
+        least_saving=0,
+        small_hidden=math.inf,
+        rows_per_hidden=5,
+        most_bytes=1 << 30,
+        tile=16,
+        align=1,
+    ),
 }
 
 

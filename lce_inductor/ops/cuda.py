@@ -135,10 +135,10 @@ def _why_rows(a: HeadArgs, stats: int, grads: RowGrads | None, mask: Mask) -> st
     x, w, g = a.x, a.weight, grads or RowGrads()
     if not x.is_cuda:
         return "not chosen on this device"
+    targets = 0 if a.target is None else a.target.shape[1]
     return _why_rows_of(
-        x.device, x.dtype, x.shape, w.shape[0], w.stride(), w.data_ptr() % 16, 0 if a.target is None else a.target.shape[1],
-        a.epilogue, a.chunk_tokens, a.workspace_bytes, stats, mask, grads is not None, g.all_none(),
-        g.sum is not None, g.neg_entropy is not None,
+        x.device, x.dtype, x.shape, w.shape[0], w.stride(), w.data_ptr() % 16, targets, a.epilogue, a.chunk_tokens,
+        a.workspace_bytes, stats, mask, grads is not None, g.all_none(), g.sum is not None, g.neg_entropy is not None,
     )  # fmt: skip
 
 

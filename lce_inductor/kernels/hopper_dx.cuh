@@ -1,0 +1,61 @@
+// The product for dX: P[n, h] = sum over v of E[n, v] weight[v, h]      E [chunk rows, row_stride], weight [V, H]; P [n, H] fp32
+//
+// A chunk has few tiles and each takes all V classes: they rarely come out even on the GPU's multiprocessors. So the classes
+// are cut into `splits` parts, one part of all tiles after another, and a part waits until the one before it has added its
+// sums: the order is always the same, and so are the bits. The part that is waited for was begun long ago.
+
+constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = true;  // E is K-major, weight N-major
+constexpr int STAGING_BYTES = WIDE_BYTES;
+
+struct Arguments {
+    int rows, columns, inner;  // of the product: n, H, V
+    int group;                 // pairs of row tiles that share columns
+    int splits, part;          // parts of the inner dimension, steps of each; the last may have fewer
+    int before;                // what `arrived` holds before this launch
+    int* arrived;              // [row tiles, column tiles]: parts of a tile that have been added
+};
+
+__device__ __forceinline__ bool nothing_to_do(const Arguments&) { return false; }
+__device__ __forceinline__ bool wanted(const Arguments&, int) { return true; }
+__device__ __forceinline__ int splits(const Arguments& a) { return a.splits; }
+
+__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
+    const int tiles = pairs * columns;
+    Tile t = tile_at(tile % tiles, pairs, columns, a.group, steps);
+    t.k = tile / tiles * a.part;
+    t.steps = min(a.part, steps - t.k);
+    return t;
+}
+
+// A step of both operands: 64 classes of 128 rows of E, and this block's half of as many rows of weight.
+__device__ __forceinline__ void fetch_stage(const Arguments&, const TensorMap* e_map, const TensorMap* w_map, u32 to_a, u32 to_b,
+                                            int m, int n, int k, u32 rank, u32 bar) {
+    fetch(to_a, e_map, k, m, bar);
+    const int half = rank * DEPTH / 2;
+    FOR(b, BN / 64) fetch_for_both(to_b + (b * DEPTH + half) * 128, w_map, n + 64 * b, k + half, bar);
+}
+
+__device__ __forceinline__ int* arrived_at(const Arguments& a, const Tile& t, u32 rank) {
+    const int columns = (a.columns + BN - 1) / BN;
+    return a.arrived + (t.m / BM + rank) * columns + t.n / BN;
+}
+
+__device__ __forceinline__ void prepare(const Arguments&, float (&)[2][BN / 2], int, int, int) {}
+
+__device__ __forceinline__ void finish(const Arguments& a, const TensorMap* p_map, float (&acc)[2][BN / 2], const Tile& t,
+                                       u32 rank, u32 staging, int warpgroup) {
+    if (t.k > 0 && (threadIdx.x & 127) == 0) {
+        const int due = a.before + t.k / a.part;
+        int here;
+        do
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(here) : "l"(arrived_at(a, t, rank)) : "memory");
+        while (here < due);
+        asm volatile("fence.proxy.async;" ::: "memory");
+    }
+    write_wide(p_map, acc, t.m + rank * BM, t.n, staging, warpgroup, t.k > 0);
+}
+
+__device__ __forceinline__ void announce(const Arguments& a, const Tile& t, u32 rank) {
+    put_arrived();
+    asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(arrived_at(a, t, rank)) : "memory");
+}
