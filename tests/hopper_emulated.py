@@ -29,7 +29,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(hopper, "supported", lambda device: True)
     monkeypatch.setattr(hopper, "dw_kernel", lambda device, dtype: Product(hopper._DW_OF[dtype], launched))
-    monkeypatch.setattr(hopper, "dx_kernel", lambda device: Product(hopper._DX, launched))
+    monkeypatch.setattr(hopper, "logits_kernel", lambda device, dtype: Product(hopper._PLAIN_OF[dtype], launched))
+    monkeypatch.setattr(hopper, "dx_kernel", lambda device, dtype: Product(hopper._DX_OF[dtype], launched))
     monkeypatch.setattr(hopper, "beats_library_at_dx", lambda *sizes: True)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
@@ -90,12 +91,22 @@ class Product:
         flags, n, V = self.variant.flags, a.rows, a.columns
         pairs = -(-n // hopper.PAIR)
         assert a.inner == x.shape[1] == weight.shape[1] and len(weight) == V and 0 < a.group <= pairs
-        found = _at(a.found, 1 + pairs, ctypes.c_int, torch.int32)
-        if "REDO" in flags and not found[0]:
-            return
+        if "REDO" in flags:
+            found = _at(a.found, 1 + pairs, ctypes.c_int, torch.int32)
+            if not found[0]:
+                return
         self.launched.append(" ".join(sorted(flags)))
-        rows = slice(a.row0, a.row0 + n)
+        rows, tiles = slice(a.row0, a.row0 + n), -(-V // hopper.COLUMNS)
         z = x[rows].float() @ weight.float().t()
+        if "PLAIN" in flags:
+            e_out[:, :V], e_out[:, V:] = z, 3.0  # beyond the classes: anything
+            z = torch.nn.functional.pad(e_out[:, :V].float(), (0, tiles * hopper.COLUMNS - V), value=-torch.inf)
+            z = z.view(n, tiles, hopper.COLUMNS)
+            high = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(2)
+            base = torch.where(high.isinf(), 0.0, high)
+            for address, values in ((a.sums, (z - base[..., None]).exp().sum(2)), (a.maxima, high)):
+                _at(address, tiles * a.part_stride, ctypes.c_float, torch.float32).view(tiles, -1)[:, :n] = values.t()
+            return
         if "HAS_BIAS" in flags:
             z = z + _at(a.bias, V, ctypes.c_float, torch.float32)
         z, slope = apply_with_slope(self.variant.steps, z)
@@ -113,7 +124,6 @@ class Product:
             aside[some, t[some]] = True
         e = torch.where(aside, 0.0, (z - anchor[:, None]).exp())
         if "SUM" in flags:
-            tiles = -(-V // hopper.COLUMNS)
             for address, padding, reduce in ((a.sums, 0.0, torch.sum), (a.maxima, -torch.inf, torch.amax)):
                 values = e if address == a.sums else torch.where(aside | z.isnan(), -torch.inf, z)
                 values = torch.nn.functional.pad(values, (0, tiles * hopper.COLUMNS - V), value=padding)

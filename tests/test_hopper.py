@@ -39,7 +39,10 @@ VARIANTS = [
     variant("STORE SUM HAS_TARGET HAS_BIAS"),
     variant("STORE SUM HAS_TARGET", SOFTCAP),
     variant("STORE SUM REDO HAS_BIAS", EVERY_STEP),
+    variant("STORE SUM PLAIN"),
+    variant("STORE SUM PLAIN HALF"),
     variant("DX"),
+    variant("DX HALF"),
     variant("DW"),
     variant("DW HALF"),
 ]
@@ -78,7 +81,9 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
         (variant("SUM HAS_TARGET"), 0),
         (variant("STORE SUM HAS_TARGET", SOFTCAP), 0),
         (variant("STORE SUM HAS_TARGET HAS_BIAS"), 16),  # once a tile
-        (variant("DX"), 2),  # once a part of a tile
+        (variant("STORE SUM PLAIN"), 12),  # these too, and the next once a part of one
+        (variant("STORE SUM PLAIN HALF"), 28),
+        (variant("DX"), 2),
         (variant("DW"), 0),
     ],
     ids=lambda v: " ".join(sorted(v.flags)) if isinstance(v, hopper.Variant) else "",
@@ -117,6 +122,37 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N, H, V", [(256, 64, 192), (1300, 200, 5003), (2048, 768, 50257)])
+def test_logits_against_fp64(N: int, H: int, V: int, dtype: torch.dtype) -> None:
+    """Rounded once, with their logsumexp; infinite ones, too, and none that counts."""
+    from lce_inductor.ops import products
+
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(N, H, device="cuda", generator=g).to(dtype)
+    weight = torch.randn(V, H, device="cuda", generator=g).to(dtype)
+    x[7], x[8], x[9] = 0, float("inf"), float("nan")
+    weight[:, 0] = weight[:, 0].abs()  # x[8] @ weight is infinite or NaN as in eager
+    x[8, 1:] = 0
+    stride = -(-V // 64) * 64
+    z = torch.empty(N, stride, dtype=dtype, device="cuda")
+    lse = torch.empty(N, dtype=torch.float64, device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_LEAST_LOGITS_N", 0)
+        patch.setattr(products, "_LEAST_LOGITS_V", 0)
+        half = N // 2 // hopper.PAIR * hopper.PAIR or N
+        for row0 in range(0, N, half):
+            rows = slice(row0, min(row0 + half, N))
+            assert products.logits_with_lse(z[rows], x, weight, row0, lse[rows])
+    library = x @ weight.t()
+    exact = x.double() @ weight.double().t()
+    finite = exact.isfinite().all(1)
+    assert (z[finite, :V] - exact[finite]).norm() <= 1.001 * (library[finite] - exact[finite]).norm()
+    torch.testing.assert_close(z[~finite, :V], library[~finite], equal_nan=True)
+    torch.testing.assert_close(lse, z[:, :V].double().logsumexp(1), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "n, H, V, parts, full",
     [
@@ -145,15 +181,16 @@ def test_which_product_for_dx(n: int, H: int, ours: bool) -> None:
 @pytest.mark.parametrize(
     "n, H, V", [(256, 192, 256), (1000, 200, 1003), (768, 1152, 20011), (130, 1024, 5003), (3328, 2048, 5003)]
 )
-def test_dx_against_fp64(n: int, H: int, V: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dx_against_fp64(n: int, H: int, V: int, dtype: torch.dtype) -> None:
     """Sizes that are no multiple of a tile, several parts, launches one after another; each time the same bits."""
     g = torch.Generator("cuda").manual_seed(0)
-    e = torch.rand(n, -(-V // 64) * 64, device="cuda", generator=g).bfloat16()
-    weight = torch.randn(V, H, device="cuda", generator=g).bfloat16()
+    e = torch.rand(n, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
+    weight = torch.randn(V, H, device="cuda", generator=g).to(dtype)
     e[:, V:] = float("nan")  # beyond the classes: not read
-    kernel = hopper.dx_kernel(e.device)
+    kernel = hopper.dx_kernel(e.device, dtype)
     assert kernel is not None
-    counts = torch.zeros(2 * -(-n // hopper.PAIR) * -(-H // hopper.COLUMNS), dtype=torch.int32, device="cuda")
+    counts = torch.zeros(hopper.counts_of_dx(n, H), dtype=torch.int32, device="cuda")
     counted, found = 0, []
     for _ in range(5):
         found.append(torch.full((n, H), float("nan"), device="cuda"))

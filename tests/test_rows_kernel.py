@@ -26,14 +26,41 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("H, by_us", [(192, True), (190, False), (256, False)])
-    def test_sums_of_dw_on_sm_90(dtype, H, by_us, monkeypatch):
-        """By the kernel of hopper_dw.cuh where its tiles fit and rows are aligned; the first chunk overwrites."""
+    def test_gradients_on_sm_90(dtype, H, by_us, monkeypatch):
+        """By hopper_dx.cuh where rows are aligned, by hopper_dw.cuh where its tiles fit, too; the first overwrites."""
         import hopper_emulated
 
         launched = hopper_emulated.emulate(monkeypatch)
         case = rows_cases.Case(N=23, H=H, V=101, dtype=dtype, chunk_tokens=8)
         rows_cases.check(case, "cpu", FACTOR)
-        assert launched == ["dw"] * (6 if by_us else 0)  # three chunks, in the forward and in the backward
+        # Three chunks, in the forward and in the backward.
+        assert launched.count("dw") == (6 if by_us else 0) and launched.count("dx") == (6 if H % 8 == 0 else 0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_logits_that_come_with_lse_on_sm_90(dtype, monkeypatch):
+        """Where nothing else needs a pass over the logits; the last tile of classes is not full."""
+        import hopper_emulated
+
+        from lce_inductor.ops import products
+
+        monkeypatch.setattr(products, "_LEAST_LOGITS_N", 0)
+        monkeypatch.setattr(products, "_LEAST_LOGITS_V", 0)
+        stats, mask = rows_cases.LSE | rows_cases.TARGET, (True, True, False)
+        case = rows_cases.Case(N=23, H=40, V=401, K=2, dtype=dtype, chunk_tokens=8, grads=("lse", "target"))
+        a, grads = rows_cases.make(case, "cpu")
+        want_forward, want = rows_cases.cuda.forward(a, stats), rows_cases.cuda.with_grad(a, stats, grads, mask)
+        launched = hopper_emulated.emulate(monkeypatch)
+        found_forward, found = rows_cases.cuda.forward(a, stats), rows_cases.cuda.with_grad(a, stats, grads, mask)
+        names = ["PLAIN STORE SUM" if dtype == torch.bfloat16 else "HALF PLAIN STORE SUM"] * 3
+        assert [name for name in launched if name != "dx"] == names * 2 and launched.count("dx") == 3
+        for ours, theirs in zip((*found_forward, *found[0], *found[1:]), (*want_forward, *want[0], *want[1:])):
+            rounding = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(ours.dtype, 1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=1e-6)
+        launched.clear()
+        rows_cases.cuda.forward(a, stats | rows_cases.SUM)
+        rows_cases.cuda.forward(a._replace(bias=torch.zeros(401, dtype=dtype)), stats)
+        rows_cases.cuda.forward(a._replace(epilogue=(("mul", 2.0),)), stats)
+        assert not launched
 
     def test_target_out_of_bounds():
         a, _ = rows_cases.make(rows_cases.Case(), "cpu")

@@ -31,7 +31,7 @@ ROWS, COLUMNS = 128, 192  # of a tile; the two blocks of a cluster take two of t
 PAIR = 2 * ROWS
 _THREADS = 384
 _DEPTH = 64
-_FLAGS = ("STORE", "SUM", "REDO", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
+_FLAGS = ("STORE", "SUM", "REDO", "PLAIN", "HALF", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 # Pairs of row tiles that share columns: what 66 clusters work on at a time is about square.
 _GROUP = 8
 _MOST_PARTS = 8  # of the inner dimension, in the product for dX
@@ -97,9 +97,9 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         """Of the kernel, as a profile shows it."""
-        if self.product == "logits":
-            return "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
-        return f"lce_{self.product}"
+        if self.product != "logits" or "PLAIN" in self.flags:
+            return f"lce_{self.product}"
+        return "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
 
     @property
     def transposed(self) -> tuple[int, int]:
@@ -124,8 +124,11 @@ class Variant(NamedTuple):
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 _CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
 _DX = Variant(frozenset({"DX"}))
+_DX_OF = {torch.bfloat16: _DX, torch.float16: Variant(frozenset({"DX", "HALF"}))}
 _DW = Variant(frozenset({"DW"}))
+_PLAIN = Variant(frozenset({"STORE", "SUM", "PLAIN"}))
 _DW_OF = {torch.bfloat16: _DW, torch.float16: Variant(frozenset({"DW", "HALF"}))}
+_PLAIN_OF = {torch.bfloat16: _PLAIN, torch.float16: Variant(_PLAIN.flags | {"HALF"})}
 
 
 @functools.cache
@@ -135,9 +138,16 @@ def supported(device: torch.device) -> bool:
 
 
 @functools.cache
-def dx_kernel(device: torch.device) -> nvrtc.Kernel | None:
-    """The kernel for launch_dx; None where there is none for the device (with its index)."""
-    found = _try((_DX,), device)
+def logits_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
+    """The kernel for launch_logits; None where there is none for the device (with its index) and the dtype of x."""
+    found = _try((_PLAIN_OF[dtype],), device) if dtype in _PLAIN_OF else None
+    return None if found is None else found.products[0]
+
+
+@functools.cache
+def dx_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
+    """The kernel for launch_dx; None where there is none for the device (with its index) and the dtype of E."""
+    found = _try((_DX_OF[dtype],), device) if dtype in _DX_OF else None
     return None if found is None else found.products[0]
 
 
@@ -275,7 +285,7 @@ def _prepared(
     variants = _variants(bias, target, store, known, steps)
     pairs = ceil_div(chunk_rows, PAIR)
     marks, parts = max(chunks, 1) * (1 + pairs), 0 if known else tiles * chunk_rows
-    counted = 2 * pairs * ceil_div(H, COLUMNS) if store else 0
+    counted = counts_of_dx(chunk_rows, H) if store else 0
     sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, marks, counted)
     rows = RowsArguments(
         N=N, H=H, V=V, samples=samples, tiles=tiles, marks=marks + counted, stride_x=stride_x, stride_w=stride_w,
@@ -283,7 +293,7 @@ def _prepared(
     )  # fmt: skip
     logits = LogitsArguments(columns=V, inner=H, stride_t=stride_t, part_stride=chunk_rows)
     return _Prepared(
-        _kernels(variants, steps, device.index), tuning.multiprocessors(device) // 2, rows, logits,
+        _kernels(variants, steps, device.index), clusters(device), rows, logits,
         tuple(itertools.accumulate((4 * size for size in sizes), initial=0)), 4 * (1 + pairs),
     )  # fmt: skip
 
@@ -368,7 +378,7 @@ class Launches:
     def product(self, h: Head, n: int) -> bool:
         """h.product[:n] = E @ weight, or False where the library is faster."""
         assert h.product is not None and h.e is not None
-        kernel = dx_kernel(h.x.device) if beats_library_at_dx(n, h.H, h.V, self._prepared.clusters) else None
+        kernel = dx_kernel(h.x.device, h.x.dtype) if beats_library_at_dx(n, h.H, h.V, self._prepared.clusters) else None
         if kernel is not None:
             counts = self._rows.anchor + self._prepared.begins[-2]
             self._counted += launch_dx(kernel, h.product[:n], h.e[:n], h.weight, counts, self._counted)
@@ -390,6 +400,38 @@ class Launches:
 def fills_tiles(H: int) -> bool:
     """Is little of dW's tiles of 192 columns empty? Else the library's products are faster (NOTES.md)."""
     return 0.9 * COLUMNS * ceil_div(H, COLUMNS) <= H
+
+
+def clusters(device: torch.device) -> int:
+    """How many of the products' clusters the device takes at a time."""
+    return tuning.multiprocessors(device) // 2
+
+
+def launch_logits(
+    kernel: nvrtc.Kernel, z: Tensor, x: Tensor, weight: Tensor, row0: int, sums: Tensor, maxima: Tensor
+) -> None:
+    """z = x[row0 : row0 + n] @ weight^T, rounded, on the current stream and device.
+
+    Args:
+        kernel: logits_kernel's for the device and the dtype of all three.
+        z: [n, at least V], x: [N, H], weight: [V, H]. Rows are 16-byte aligned; z beyond V is overwritten, too.
+        sums, maxima: fp32 [tiles of COLUMNS classes, n]: of a row's logits in a tile the largest, and the sum of
+            exp(logit - largest), or of exp(logit) where the largest is infinite.
+    """
+    nvrtc.need_context()
+    n, (V, H) = len(z), weight.shape
+    pairs = ceil_div(n, PAIR)
+    a = LogitsArguments(
+        rows=n, columns=V, inner=H, row0=row0, group=ceil_div(pairs, ceil_div(pairs, _GROUP)), sums=sums.data_ptr(),
+        maxima=maxima.data_ptr(), part_stride=n,
+    )  # fmt: skip
+    maps = (
+        nvrtc.tensor_map(x, len(x), ROWS),
+        nvrtc.tensor_map(weight, V, COLUMNS // 2),
+        nvrtc.tensor_map(z, n, ROWS),
+    )
+    blocks = 2 * min(pairs * ceil_div(V, COLUMNS), clusters(z.device))
+    kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(z.device))
 
 
 class Parts(NamedTuple):
@@ -415,6 +457,11 @@ def _even(tiles: int, at_once: int) -> float:
     return tiles / (at_once * ceil_div(tiles, at_once))
 
 
+def counts_of_dx(n: int, H: int) -> int:
+    """One for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns."""
+    return 2 * ceil_div(n, PAIR) * ceil_div(H, COLUMNS)
+
+
 @functools.lru_cache(maxsize=256)
 def beats_library_at_dx(n: int, H: int, V: int, clusters: int) -> bool:
     """Does our product come out even, where the library's tiles of 128 x 256 do not (NOTES.md)?"""
@@ -426,13 +473,13 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arri
     """out = E @ weight on the current stream and device; returns by how much it raises each number at `arrived`.
 
     Args:
-        kernel: dx_kernel's for the device.
-        out: [n, H], fp32; e: [n, at least V], weight: [V, H], both bf16. Rows are 16-byte aligned.
-        arrived: address of an int32 for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns.
+        kernel: dx_kernel's for the device and the dtype of e and weight.
+        out: [n, H], fp32; e: [n, at least V], weight: [V, H]. Rows are 16-byte aligned.
+        arrived: address of counts_of_dx numbers, int32.
         before: what those numbers are when the product begins.
     """
     nvrtc.need_context()
-    (n, H), V, most = out.shape, weight.shape[0], tuning.multiprocessors(out.device) // 2
+    (n, H), V, most = out.shape, weight.shape[0], clusters(out.device)
     pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, _DEPTH), parts_of_dx(n, H, V, most).count
     a = DxArguments(
         rows=n, columns=H, inner=V, group=ceil_div(pairs, ceil_div(pairs, _GROUP)), splits=parts,
@@ -443,8 +490,8 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arri
         nvrtc.tensor_map(weight, V, _DEPTH // 2),
         nvrtc.tensor_map(out, n, ROWS),
     )
-    clusters = min(pairs * ceil_div(H, COLUMNS) * parts, most)
-    kernel.launch(2 * clusters, _THREADS, (*maps, a), nvrtc.current_stream(out.device))
+    blocks = 2 * min(pairs * ceil_div(H, COLUMNS) * parts, most)
+    kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(out.device))
     return parts
 
 
@@ -460,8 +507,8 @@ def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulat
     (V, H), n = dw.shape, e.shape[0]
     a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate)
     maps = nvrtc.tensor_map(e[:, :V], n, _DEPTH), nvrtc.tensor_map(xs, n, _DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
-    clusters = min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), tuning.multiprocessors(dw.device) // 2)
-    kernel.launch(2 * clusters, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))
+    blocks = 2 * min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), clusters(dw.device))
+    kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))
 
 
 def tiles(head: Head) -> int:

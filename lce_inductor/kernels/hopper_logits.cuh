@@ -2,6 +2,8 @@
 //
 // What the host defines: epilogue() (text), HAS_BIAS, HAS_STEPS, HAS_TARGET, and any of STORE (write E), SUM (write sums
 // and maxima over a tile's columns), REDO (only pairs of row tiles with a saturated row, with new anchors for those rows).
+// With STORE, SUM and PLAIN it is the logits themselves that are written, rounded to bf16 or, with HALF, to fp16; sums and
+// maxima are of what is written, the exponentials in a sum below the maximum beside it.
 
 constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = false;  // both operands are K-major
 constexpr int BOX_BYTES = BM * 128;       // a part of E on its way out: 64 columns
@@ -71,6 +73,42 @@ __device__ __forceinline__ void exponentials(const Arguments& a, float (&acc)[BN
     }
 }
 
+__device__ __forceinline__ u32 pack(float low, float high) {
+    if (!HALF) return bf16_pair(low, high);
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float unpack(u32 pair, int c) {
+    if (!HALF) return __uint_as_float(c ? pair & 0xffff0000 : pair << 16);
+    float z;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\n" "cvt.f32.f16 %0, low;\n}" : "=f"(z) : "r"(c ? pair >> 16 : pair));
+    return z;
+}
+
+// 64 rows of the tile as they are stored: `acc` to packed pairs in its first half, the largest logits, and the sums of the
+// exponentials below them. Without finite ones nothing is subtracted, as in logsumexp.
+template <bool ASIDE>
+__device__ __forceinline__ void plain(const Arguments& a, float (&acc)[BN / 2], float (&sum)[2], float (&high)[2], int first_v,
+                                      int lane) {
+    const int first_column = first_v + 2 * (lane & 3);
+    auto stored = [&](int j, int h, int c) {
+        const float z = unpack(__float_as_uint(acc[2 * j + h]), c);
+        return ASIDE ? minus_infinity_if(first_column + 8 * j + c >= a.columns, z) : z;
+    };
+    FOR(j, BN / 8) FOR(h, 2) {
+        acc[2 * j + h] = __uint_as_float(pack(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]));
+        FOR(c, 2) high[h] = fmaxf(high[h], stored(j, h, c));
+    }
+    FOR(j, BN / 4) asm volatile("" : "+f"(acc[j]));  // unpacked once more, not kept unpacked: there is no room
+    FOR(h, 2) {
+        FOR(i, 2) high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffff, high[h], 1 << i));
+        const float base = fabsf(high[h]) < INF ? high[h] * LOG2E : 0.0f;
+        FOR(j, BN / 8) FOR(c, 2) sum[h] += exp2_fast(fmaf(stored(j, h, c), LOG2E, -base));
+    }
+}
+
 // E, packed in the first half of `acc`, its sums and the largest logits: all that does not need the staging buffer.
 __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN / 2], int first_n, int first_v,
                                         int warpgroup) {
@@ -88,7 +126,7 @@ __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN /
     bool aside[2];
     FOR(m, 2) {
         aside[m] = first_v + BN > a.columns;
-        FOR(h, 2) {
+        if (!PLAIN) FOR(h, 2) {
             const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
             const bool inside = local < a.rows;
             const long long row = (long long)a.row0 + local;
@@ -112,7 +150,11 @@ __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN /
     }
     FOR(m, 2) {
         float sum[2] = {0.0f, 0.0f}, high[2] = {-INF, -INF};
-        if (__any_sync(0xffffffff, aside[m]))
+        if (PLAIN && first_v + BN > a.columns)
+            plain<true>(a, acc[m], sum, high, first_v, lane);
+        else if (PLAIN)
+            plain<false>(a, acc[m], sum, high, first_v, lane);
+        else if (__any_sync(0xffffffff, aside[m]))
             exponentials<true>(a, acc[m], shift[m], bias, out[m], sum, high, first_v, lane);
         else
             exponentials<false>(a, acc[m], shift[m], bias, out[m], sum, high, first_v, lane);

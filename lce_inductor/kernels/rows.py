@@ -102,6 +102,12 @@ def launch(
     )  # fmt: skip
 
 
+def launch_lse(sums: Tensor, maxima: Tensor, lse: Tensor) -> None:
+    """lse [n], fp64, from the [tiles, n] that hopper.launch_logits leaves."""
+    tiles, n = sums.shape
+    lse_kernel[(triton.cdiv(n, 32),)](sums, maxima, lse, tiles, n, BLOCK_N=32, BLOCK_T=32, num_warps=4)
+
+
 def _strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if t is None else t.stride()
 
@@ -301,3 +307,25 @@ def rows_kernel(
                     d += tl.where(offs_v == t, g_target, 0.0)
             d = tl.where(offs_v < V, d * slope, 0.0)
             tl.store(z_row + offs_v, d.to(z_ptr.dtype.element_ty), mask=offs_v < row_stride)
+
+
+@triton.jit
+def lse_kernel(sums_ptr, maxima_ptr, lse_ptr, tiles, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """logsumexp of rows from the largest logit of each tile and the sum of the exponentials below it."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    high = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)[:, None]
+        inside = (t < tiles) & (rows < n)[None, :]
+        high = tl.maximum(high, tl.max(tl.load(maxima_ptr + t * n + rows, mask=inside, other=float("-inf")), 0))
+    # Nothing is subtracted where the largest is infinite, in a tile and in a row, as in logsumexp.
+    base = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+    total = tl.full((BLOCK_N,), 0.0, tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)[:, None]
+        inside = (t < tiles) & (rows < n)[None, :]
+        here = tl.load(maxima_ptr + t * n + rows, mask=inside, other=0.0)
+        below = tl.where(tl.abs(here) == float("inf"), 0.0, here)
+        sums = tl.load(sums_ptr + t * n + rows, mask=inside, other=0.0)
+        total += tl.sum(tl.where(sums == 0, 0.0, sums * tl.exp(below - base[None, :])), 0)
+    tl.store(lse_ptr + rows, base.to(tl.float64) + tl.log(total).to(tl.float64), mask=rows < n)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .chunking import plan
 from .epilogue import Steps
-from .products import pieces, product, weight_gradient
+from .products import input_gradient, logits_with_lse, pieces, weight_gradient
 from .types import (
     ARGMAX,
     LSE,
@@ -184,21 +185,24 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
     columns = pieces(V, x.element_size())
     # As in eager: one rounding for the product and a bias of its dtype together.
     within = bias if bias is not None and bias.dtype == x.dtype else None
+    # Where logits are asked for nothing but their logsumexp and one entry, the product itself can leave it.
+    plain = stats & LSE and not stats & ~(LSE | TARGET) and bias is None and not a.epilogue and x.element_size() == 2
     buffer = x.new_empty(p.rows, p.row_stride)
     with _device(x):
         for row0, n in p.bounds(N):
             z, x_chunk = buffer[:n], x[row0 : row0 + n]
-            for c in columns:
+            left = plain and logits_with_lse(z, x, weight, row0, found.lse[row0 : row0 + n])
+            for c in () if left else columns:
                 if within is None:
                     torch.mm(x_chunk, weight[c].t(), out=z[:, c])
                 else:
                     torch.addmm(within[c], x_chunk, weight[c].t(), out=z[:, c])
             rows.launch(
-                z, V, row0, None if within is not None else bias, a.target, class_weight, a.epilogue, stats, found,
-                grads, hidden=bias is not None,
+                z, V, row0, None if within is not None else bias, a.target, class_weight, a.epilogue,
+                stats & ~LSE if left else stats, found, grads, hidden=bias is not None,
             )  # fmt: skip
             if grads is not None and out is not None:
-                out.add(row0, z, x_chunk, weight, columns, last=row0 + n == N)
+                out.add(row0, z, x_chunk, weight, last=row0 + n == N)
     _assert_targets(a.target, V)  # last: half a dozen launches, and until the first product the GPU waits
 
 
@@ -206,35 +210,40 @@ class _Gradients:
     """dX by rows; dW and db summed over chunks, in fp32 (fp64) as soon as there are several."""
 
     def __init__(self, a: HeadArgs, mask: Mask, dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.mask = a.weight.shape, dtype, mask
+        self.like, self.shape, self.dtype, self.mask = a.x, a.weight.shape, dtype, mask
         self.wide = torch.float64 if a.x.dtype == torch.float64 else torch.float32
-        self.dx = a.x.new_empty(a.x.shape if mask[0] else (0,))
-        self.dw = a.x.new_empty(0, dtype=dtype)
-        self.db = a.x.new_empty(0, dtype=dtype)
-        self.empty = True
+        # Until the first chunk: before its product, the GPU waits.
+        self.dx: Tensor | None = None
+        self.dw: Tensor | None = None
+        self.db: Tensor | None = None
 
-    def add(self, row0: int, dz: Tensor, x: Tensor, weight: Tensor, columns: list[slice], last: bool) -> None:
-        """Take in a chunk's dZ: [n, row_stride], of which V columns count; `columns` are `pieces` of them."""
+    def add(self, row0: int, dz: Tensor, x: Tensor, weight: Tensor, last: bool) -> None:
+        """Take in a chunk's dZ: [n, row_stride], of which V columns count."""
         if self.mask[0]:
-            dx = self.dx[row0 : row0 + len(dz)]
-            for i, c in enumerate(reversed(columns)):  # the few columns first: their sum is rounded once more
-                product(dx, dz[:, c], weight[c], accumulate=i > 0)
+            if self.dx is None:
+                self.dx = x.new_empty(self.like.shape)
+            input_gradient(self.dx[row0 : row0 + len(dz)], dz, weight)
         if self.mask[1]:
-            if self.empty:
+            first = self.dw is None
+            if self.dw is None:
                 self.dw = x.new_empty(self.shape, dtype=self.dtype if last else self.wide)
-            weight_gradient(self.dw, dz, x, accumulate=not self.empty)
+            weight_gradient(self.dw, dz, x, accumulate=not first)
         if self.mask[2]:
             column = dz[:, : self.shape[0]].sum(0, dtype=self.wide)
-            self.db = column if self.empty else self.db.add_(column)
-        self.empty = False
+            self.db = column if self.db is None else self.db.add_(column)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dX, dW, and db as summed. The chunk must be free by now: the cast below is where both forms of dW exist."""
-        if self.empty:  # no rows, or nothing that depends on the head
-            self.dx.zero_()
-            self.dw = self.dx.new_zeros(self.shape if self.mask[1] else (0,), dtype=self.dtype)
-            self.db = self.dx.new_zeros(self.shape[:1] if self.mask[2] else (0,), dtype=self.dtype)
-        return self.dx, self.dw.to(self.dtype), self.db.to(self.wide)
+
+        def zeros(
+            shape: Sequence[int], needed: bool, dtype: torch.dtype
+        ) -> Tensor:  # no rows, or nothing depends on them
+            return self.like.new_zeros(shape if needed else (0,), dtype=dtype)
+
+        dx = zeros(self.like.shape, self.mask[0], self.like.dtype) if self.dx is None else self.dx
+        dw = zeros(self.shape, self.mask[1], self.dtype) if self.dw is None else self.dw
+        db = zeros(self.shape[:1], self.mask[2], self.wide) if self.db is None else self.db
+        return dx, dw.to(self.dtype), db
 
 
 def _for_products(t: Tensor) -> Tensor:

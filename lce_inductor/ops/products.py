@@ -1,14 +1,16 @@
-"""Products whose result may be wider than their factors: the library's, and for dW on sm_90 our own."""
+"""Products whose result may be wider than their factors, the library's; on sm_90 our own of logits, and for dW."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .chunking import round_up
+from .chunking import ceil_div, round_up
 
 # Below this many classes an unaligned product costs less than one more launch.
 _LEAST_SPLIT = 1024
+# Below these sizes a pass over the logits is short.
+_LEAST_LOGITS_N, _LEAST_LOGITS_V = 1024, 4096
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
@@ -22,6 +24,49 @@ def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def logits_with_lse(z: Tensor, x: Tensor, weight: Tensor, row0: int, lse: Tensor) -> bool:
+    """z = x[row0 : row0 + n] @ weight^T and the rows' logsumexp without a pass over z; False: there is no such product.
+
+    Args:
+        z: [n, at least V], rows padded to 64 elements. x: [N, H], weight: [V, H]. lse: fp64 [n].
+    """
+    N, V = len(x), len(weight)
+    if N < _LEAST_LOGITS_N or V < _LEAST_LOGITS_V or not (aligned(x) and aligned(weight)):
+        return False
+    from ..kernels import hopper, rows
+
+    kernel = hopper.logits_kernel(x.device, x.dtype)
+    if kernel is None:
+        return False
+    sums, maxima = z.new_empty(2, ceil_div(V, hopper.COLUMNS), len(z), dtype=torch.float32)
+    hopper.launch_logits(kernel, z, x, weight, row0, sums, maxima)
+    rows.launch_lse(sums, maxima, lse)
+    return True
+
+
+def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor) -> None:
+    """dX = dZ weight, on the current device.
+
+    Args:
+        dx: [n, H]. dz: [n, at least V], rows padded to 64 elements. weight: [V, H].
+    """
+    (n, H), V = dx.shape, len(weight)
+    if dx.element_size() == 2 and aligned(weight):
+        from ..kernels import hopper
+
+        kernel = hopper.dx_kernel(weight.device, weight.dtype)
+        if kernel is not None and hopper.beats_library_at_dx(n, H, V, hopper.clusters(weight.device)):
+            sums = dx.new_empty(n, H, dtype=torch.float32)
+            counts = dx.new_zeros(hopper.counts_of_dx(n, H), dtype=torch.int32)
+            hopper.launch_dx(kernel, sums, dz, weight, counts.data_ptr(), 0)
+            dx.copy_(sums)
+            return
+    for i, c in enumerate(
+        reversed(pieces(V, dz.element_size()))
+    ):  # the few columns first: their sum is rounded once more
+        product(dx, dz[:, c], weight[c], accumulate=i > 0)
 
 
 def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
