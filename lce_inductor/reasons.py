@@ -80,7 +80,7 @@ _ROWS = (
     ),
     Reason(
         "little-saved",
-        "chunks of the only head would save less than 256 MiB of torch.compile's memory, and cost it time",
+        "chunks of the only head would save less than 192 MiB of torch.compile's memory, and cost it time",
         "install(min_logits_bytes=0) or chunk_tokens=... rewrites it all the same",
     ),
     Reason(

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rows_cases
 from rows_cases import ALL, GRADS, Case
 
-from lce_inductor.ops import cuda
+from lce_inductor.ops import cuda, products
 from lce_inductor.ops.types import LSE, SUM, TARGET, RowGrads
 
 ROWS = [
@@ -26,6 +26,12 @@ ROWS = [
     Case(N=13, H=33, V=1025, strided=True, dtype=torch.bfloat16, epilogue=rows_cases.SOFTCAP),
     Case(N=0),
 ]  # fmt: skip
+# What the product leaves, where nothing else needs a pass over the logits.
+PLAIN = [
+    Case(N=N, H=H, V=V, dtype=d, grads=("lse", "target"), chunk_tokens=chunk)
+    for N, H, V, chunk in ((37, 72, 203, 32), (300, 200, 1025, 257))
+    for d in (torch.bfloat16, torch.float16)
+]
 ANCHORED = [
     Case(N=N, H=H, V=V, K=K, bias=bias, dtype=torch.bfloat16, grads=grads, chunk_tokens=chunk, scale=scale)
     # With two classes each has more rows than one warp of lce_collect takes; H is more than it takes at a time.
@@ -62,6 +68,11 @@ def main() -> None:
     if capability in cuda._ANCHORED_CAPABILITIES:
         from lce_inductor.kernels import hopper
 
+        products._LEAST_LOGITS_N = products._LEAST_LOGITS_V = 0
+        hopper.beats_library_at_dx = lambda *sizes: True
+        for case in PLAIN:
+            run(case, LSE | TARGET)
+        ran.append(f"products of the row kernel on sm_90: {len(PLAIN)} cases")
         cuda._ANCHORED_LEAST_N = cuda._ANCHORED_LEAST_V = cuda._ANCHORED_LEAST_WORK = 0
         if hopper.supported(torch.device("cuda", torch.cuda.current_device())):
             run_anchored()

@@ -165,6 +165,17 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+def test_an_op_whose_results_are_gradients_has_none_itself():
+    """No silent one: it has to be called without autograd, as compiled code does."""
+    x, weight, _ = head()
+    arguments = (x, weight, *(None,) * 3, torch.ones(len(x)), *(None,) * 4, "", LSE, 0, BUDGET, [True, True, False])
+    with pytest.raises(RuntimeError, match=r"row_stats_with_grad has no derivatives.*no_grad"):
+        ops.row_stats_with_grad(*arguments)
+    with torch.no_grad():
+        found = ops.row_stats_with_grad(*arguments)
+    assert not any(t.requires_grad for t in found)
+
+
 @pytest.mark.parametrize("needed", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1) if x or w or b], ids=str)
 def test_products_only_for_what_needs_a_gradient(needed):
     a, g = rows_cases.make(Case(N=6, bias=True, chunk_tokens=3), "cpu")

@@ -1,12 +1,12 @@
-// out[m, n] = f(sum over k of A[m, k] B[n, k]) on sm_90a, for the two large products of the anchored softmax.
+// out[m, n] = f(sum over k of A[m, k] B[n, k]) on sm_90a, for the large products of a head.
 //
 // Persistent blocks of three warpgroups in clusters of two blocks. One warp of the first warpgroup fetches operands;
 // the other two warpgroups take whole tiles of 128 x BN in turns ("ping-pong"), so that what is done with one tile's sums
 // runs beside the product of the next. The blocks of a cluster take two row tiles beside the same columns: each fetches
 // half of B for both.
 //
-// hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh, hopper_dx.cuh and hopper_dw.cuh, which say
-// where the operands come from and what f is.
+// hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh, hopper_dx.cuh and hopper_dw.cuh,
+// which say where the operands come from and what f is.
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,

@@ -1,7 +1,14 @@
-"""The anchored softmax on sm_90 (H100, H200), and sums of dW for any 16-bit head there: hopper*.cu*, compiled by NVRTC.
+"""The anchored softmax on sm_90 (H100, H200), and products of any 16-bit head there: hopper*.cu*, compiled by NVRTC.
 
-The two large products have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups
-that take turns, so that what is done with a product's result costs no time of its own. NOTES.md has the measurements.
+The products have what Triton 3.6 cannot say: clusters of two blocks that share operands, and two warpgroups that take
+turns, so that what is done with a product's result costs no time of its own. They are
+
+    launch_logits           logits as eager rounds them, with what their logsumexp needs
+    Launches.exponentials   E of the anchored softmax
+    launch_dx               E or dZ times the weight
+    launch_dw               dW (+)= E or dZ, transposed, times x
+
+NOTES.md has the measurements.
 """
 
 from __future__ import annotations

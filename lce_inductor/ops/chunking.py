@@ -46,8 +46,8 @@ POLICIES = {
     "cuda": Policy(
         4096,
         2048,
-        least_bytes=128 << 20,
-        least_saving=256 << 20,
+        least_bytes=256 << 20,
+        least_saving=192 << 20,
         small_hidden=2048,
         rows_per_hidden=4.5,
         most_bytes=1 << 30,

@@ -48,7 +48,7 @@ Mask = tuple[bool, bool, bool]
 _ANCHORED_CAPABILITIES = ((9, 0),)
 _ANCHORED_STATS = LSE | TARGET | SUM
 # Below these sizes its launches cost what the saved pass over the logits gives (NOTES.md).
-_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 3e11
+_ANCHORED_LEAST_N, _ANCHORED_LEAST_V, _ANCHORED_LEAST_WORK = 1024, 4096, 1e11
 _AFFINE = ("mul", "div", "add")
 
 
