@@ -472,8 +472,10 @@ def counts_of_dx(n: int, H: int) -> int:
 @functools.lru_cache(maxsize=256)
 def beats_library_at_dx(n: int, H: int, V: int, clusters: int) -> bool:
     """Does our product come out even, where the library's tiles of 128 x 256 do not (NOTES.md)?"""
-    library = _even(ceil_div(n, 128) * ceil_div(H, 256), 2 * clusters)
-    return H >= 1024 and library < 0.9 and parts_of_dx(n, H, V, clusters).full >= 0.95
+    library, parts = _even(ceil_div(n, 128) * ceil_div(H, 256), 2 * clusters), parts_of_dx(n, H, V, clusters)
+    ours = H >= 1024 and library < 0.9 and parts.full >= 0.95
+    log.debug("dX of %d rows, H=%d V=%d: %s", n, H, V, f"ours in {parts.count} parts" if ours else "the library's")
+    return ours
 
 
 def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arrived: int, before: int) -> int:
