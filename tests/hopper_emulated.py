@@ -28,9 +28,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return hopper._Kernels(tuple(Product(v, launched) for v in variants), **small)
 
     monkeypatch.setattr(hopper, "supported", lambda device: True)
-    monkeypatch.setattr(hopper, "dw_kernel", lambda device, dtype: Product(hopper._DW_OF[dtype], launched))
-    monkeypatch.setattr(hopper, "logits_kernel", lambda device, dtype: Product(hopper._PLAIN_OF[dtype], launched))
-    monkeypatch.setattr(hopper, "dx_kernel", lambda device, dtype: Product(hopper._DX_OF[dtype], launched))
+    monkeypatch.setattr(
+        hopper, "products",
+        lambda device, dtype: hopper.Products(*(Product(v, launched) for v in hopper._PRODUCTS[dtype])),
+    )  # fmt: skip
     monkeypatch.setattr(hopper, "beats_library_at_dx", lambda *sizes: True)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import subprocess
@@ -193,13 +194,13 @@ def test_dx_against_fp64(n: int, H: int, V: int, dtype: torch.dtype) -> None:
     e = torch.rand(n, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
     weight = torch.randn(V, H, device="cuda", generator=g).to(dtype)
     e[:, V:] = float("nan")  # beyond the classes: not read
-    kernel = hopper.dx_kernel(e.device, dtype)
-    assert kernel is not None
+    kernels = hopper.products(e.device, dtype)
+    assert kernels is not None
     counts = torch.zeros(hopper.counts_of_dx(n, H), dtype=torch.int32, device="cuda")
     counted, found = 0, []
     for _ in range(5):
         found.append(torch.full((n, H), float("nan"), device="cuda"))
-        counted += hopper.launch_dx(kernel, found[-1], e, weight, counts.data_ptr(), counted)
+        counted += hopper.launch_dx(kernels.dx, found[-1], e, weight, counts.data_ptr(), counted)
     exact = e[:, :V].double() @ weight.double()
     assert (found[0] - exact).norm() < 2e-5 * exact.norm()
     assert all(f.equal(found[0]) for f in found) and (counts == counted).all()
@@ -214,8 +215,8 @@ def test_dw_against_fp64(N: int, H: int, V: int, rows: int, dtype: torch.dtype) 
     e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
     xs = torch.randn(N, H, device="cuda", generator=g).to(dtype)
     e[:, V:] = float("nan")  # beyond the classes: not read
-    kernel = hopper.dw_kernel(e.device, dtype)
-    assert kernel is not None
+    kernels = hopper.products(e.device, dtype)
+    assert kernels is not None
     found = []
     for _ in range(2):
         buffer, scaled = torch.full_like(e[:rows], float("nan")), torch.full_like(xs[:rows], float("nan"))
@@ -223,11 +224,29 @@ def test_dw_against_fp64(N: int, H: int, V: int, rows: int, dtype: torch.dtype) 
         for row0 in range(0, N, rows):
             n = min(rows, N - row0)
             buffer[:n], scaled[:n] = e[row0 : row0 + n], xs[row0 : row0 + n]
-            hopper.launch_dw(kernel, dw, buffer[:n], scaled[:n], accumulate=row0 > 0)
+            hopper.launch_dw(kernels.dw, dw, buffer[:n], scaled[:n], accumulate=row0 > 0)
         found.append(dw)
     exact = e[:, :V].double().t() @ xs.double()
     assert (found[0] - exact).norm() < 2e-6 * exact.norm()
     assert found[0].equal(found[1])
+
+
+def test_products_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each in its place, those of a dtype compiled once; another dtype has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(hopper, "_kernels", hopper._kernels.__wrapped__)
+    monkeypatch.setattr(nvrtc, "load", lambda cubin, sizes: {name: (name, size) for name, size in sizes.items()})
+    compiled = []
+    monkeypatch.setattr(nvrtc, "compile", lambda source: compiled.append(source) or source.encode())
+    find = hopper.products.__wrapped__
+    for dtype, half in ((torch.bfloat16, 0), (torch.float16, 1)):
+        compiled.clear()
+        found = find(torch.device("cuda", 0), dtype)
+        assert [name for name, _ in found] == ["lce_logits", "lce_dx", "lce_dw"] and len(set(compiled)) == 4
+        assert sum(f"#define HALF {half}" in source for source in compiled) == 3
+    assert find(torch.device("cuda", 0), torch.float32) is None
+    assert find(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_not_on_a_cpu() -> None:

@@ -130,39 +130,33 @@ class Variant(NamedTuple):
 
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 _CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
-_DX = Variant(frozenset({"DX"}))
-_DX_OF = {torch.bfloat16: _DX, torch.float16: Variant(frozenset({"DX", "HALF"}))}
-_DW = Variant(frozenset({"DW"}))
-_PLAIN = Variant(frozenset({"STORE", "SUM", "PLAIN"}))
-_DW_OF = {torch.bfloat16: _DW, torch.float16: Variant(frozenset({"DW", "HALF"}))}
-_PLAIN_OF = {torch.bfloat16: _PLAIN, torch.float16: Variant(_PLAIN.flags | {"HALF"})}
+_LOGITS, _DX, _DW = (Variant(frozenset(flags.split())) for flags in ("STORE SUM PLAIN", "DX", "DW"))
+_PRODUCTS = {
+    torch.bfloat16: (_LOGITS, _DX, _DW),
+    torch.float16: tuple(v._replace(flags=v.flags | {"HALF"}) for v in (_LOGITS, _DX, _DW)),
+}
+
+
+class Products(NamedTuple):
+    """The kernels for launch_logits, launch_dx and launch_dw."""
+
+    logits: nvrtc.Kernel
+    dx: nvrtc.Kernel
+    dw: nvrtc.Kernel
 
 
 @functools.cache
 def supported(device: torch.device) -> bool:
     """True on a GPU of compute capability 9.0 that takes what NVRTC makes of the kernels. device: with its index."""
-    return _try((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, _DX, _DW), device) is not None
+    # What will be needed is compiled side by side.
+    return _try((_CROSS_ENTROPY, _CROSS_ENTROPY_AGAIN, *_PRODUCTS[torch.bfloat16]), device) is not None
 
 
 @functools.cache
-def logits_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
-    """The kernel for launch_logits; None where there is none for the device (with its index) and the dtype of x."""
-    found = _try((_PLAIN_OF[dtype],), device) if dtype in _PLAIN_OF else None
-    return None if found is None else found.products[0]
-
-
-@functools.cache
-def dx_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
-    """The kernel for launch_dx; None where there is none for the device (with its index) and the dtype of E."""
-    found = _try((_DX_OF[dtype],), device) if dtype in _DX_OF else None
-    return None if found is None else found.products[0]
-
-
-@functools.cache
-def dw_kernel(device: torch.device, dtype: torch.dtype) -> nvrtc.Kernel | None:
-    """The kernel for launch_dw; None where there is none for the device (with its index) and the dtype of E."""
-    found = _try((_DW_OF[dtype],), device) if dtype in _DW_OF else None
-    return None if found is None else found.products[0]
+def products(device: torch.device, dtype: torch.dtype) -> Products | None:
+    """Products of matrices of a dtype; None where there are none for it and the device (with its index)."""
+    found = _try(_PRODUCTS[dtype], device) if dtype in _PRODUCTS else None
+    return None if found is None else Products(*found.products)
 
 
 def _try(variants: tuple[Variant, ...], device: torch.device) -> _Kernels | None:
@@ -385,11 +379,12 @@ class Launches:
     def product(self, h: Head, n: int) -> bool:
         """h.product[:n] = E @ weight, or False where the library is faster."""
         assert h.product is not None and h.e is not None
-        kernel = dx_kernel(h.x.device, h.x.dtype) if beats_library_at_dx(n, h.H, h.V, self._prepared.clusters) else None
-        if kernel is not None:
-            counts = self._rows.anchor + self._prepared.begins[-2]
-            self._counted += launch_dx(kernel, h.product[:n], h.e[:n], h.weight, counts, self._counted)
-        return kernel is not None
+        kernels = products(h.x.device, h.x.dtype)
+        if kernels is None or not beats_library_at_dx(n, h.H, h.V, self._prepared.clusters):
+            return False
+        counts = self._rows.anchor + self._prepared.begins[-2]
+        self._counted += launch_dx(kernels.dx, h.product[:n], h.e[:n], h.weight, counts, self._counted)
+        return True
 
     def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
         self._rows.tail = tail
@@ -420,7 +415,7 @@ def launch_logits(
     """z = x[row0 : row0 + n] @ weight^T, rounded, on the current stream and device.
 
     Args:
-        kernel: logits_kernel's for the device and the dtype of all three.
+        kernel: of `products` for the device and the dtype of all three.
         z: [n, at least V], x: [N, H], weight: [V, H]. Rows are 16-byte aligned; z beyond V is overwritten, too.
         sums, maxima: fp32 [tiles of COLUMNS classes, n]: of a row's logits in a tile the largest, and the sum of
             exp(logit - largest), or of exp(logit) where the largest is infinite.
@@ -482,7 +477,7 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arri
     """out = E @ weight on the current stream and device; returns by how much it raises each number at `arrived`.
 
     Args:
-        kernel: dx_kernel's for the device and the dtype of e and weight.
+        kernel: of `products` for the device and the dtype of e and weight.
         out: [n, H], fp32; e: [n, at least V], weight: [V, H]. Rows are 16-byte aligned.
         arrived: address of counts_of_dx numbers, int32.
         before: what those numbers are when the product begins.
@@ -508,7 +503,7 @@ def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulat
     """dW (+)= E^T xs on the current stream and device.
 
     Args:
-        kernel: dw_kernel's for the device and the dtype of e and xs.
+        kernel: of `products` for the device and the dtype of e and xs.
         dw: [V, H], fp32; e: [n, at least V], xs: [n, H], both of the kernel's dtype. Rows are 16-byte aligned.
         accumulate: False overwrites what is in dw.
     """

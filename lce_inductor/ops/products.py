@@ -37,11 +37,11 @@ def logits_with_lse(z: Tensor, x: Tensor, weight: Tensor, row0: int, lse: Tensor
         return False
     from ..kernels import hopper, rows
 
-    kernel = hopper.logits_kernel(x.device, x.dtype)
-    if kernel is None:
+    kernels = hopper.products(x.device, x.dtype)
+    if kernels is None:
         return False
     sums, maxima = z.new_empty(2, ceil_div(V, hopper.COLUMNS), len(z), dtype=torch.float32)
-    hopper.launch_logits(kernel, z, x, weight, row0, sums, maxima)
+    hopper.launch_logits(kernels.logits, z, x, weight, row0, sums, maxima)
     rows.launch_lse(sums, maxima, lse)
     return True
 
@@ -56,11 +56,11 @@ def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor) -> None:
     if dx.element_size() == 2 and aligned(weight):
         from ..kernels import hopper
 
-        kernel = hopper.dx_kernel(weight.device, weight.dtype)
-        if kernel is not None and hopper.beats_library_at_dx(n, H, V, hopper.clusters(weight.device)):
+        kernels = hopper.products(weight.device, weight.dtype)
+        if kernels is not None and hopper.beats_library_at_dx(n, H, V, hopper.clusters(weight.device)):
             sums = dx.new_empty(n, H, dtype=torch.float32)
             counts = dx.new_zeros(hopper.counts_of_dx(n, H), dtype=torch.int32)
-            hopper.launch_dx(kernel, sums, dz, weight, counts.data_ptr(), 0)
+            hopper.launch_dx(kernels.dx, sums, dz, weight, counts.data_ptr(), 0)
             dx.copy_(sums)
             return
     for i, c in enumerate(
@@ -81,9 +81,9 @@ def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None
     if dw.dtype == torch.float32 and aligned(x) and aligned(dw):
         from ..kernels import hopper
 
-        kernel = hopper.dw_kernel(x.device, x.dtype) if hopper.fills_tiles(H) else None
-        if kernel is not None:
-            hopper.launch_dw(kernel, dw, dz, x, accumulate)
+        kernels = hopper.products(x.device, x.dtype) if hopper.fills_tiles(H) else None
+        if kernels is not None:
+            hopper.launch_dw(kernels.dw, dw, dz, x, accumulate)
             return
     for c in pieces(V, dz.element_size()):
         product(dw[c], dz[:, c].t(), x, accumulate)
