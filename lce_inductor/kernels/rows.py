@@ -105,7 +105,10 @@ def launch(
 def launch_lse(sums: Tensor, maxima: Tensor, lse: Tensor) -> None:
     """lse [n], fp64, from the [tiles, n] that hopper.launch_logits leaves."""
     tiles, n = sums.shape
-    lse_kernel[(triton.cdiv(n, 32),)](sums, maxima, lse, tiles, n, BLOCK_N=32, BLOCK_T=32, num_warps=4)
+    block = 32
+    lse_kernel[(triton.cdiv(n, block),)](
+        sums, maxima, lse, tiles, n, BLOCK_N=block, BLOCK_T=block, BLOCKS=triton.cdiv(tiles, block), num_warps=4
+    )  # fmt: skip
 
 
 def _strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -310,19 +313,21 @@ def rows_kernel(
 
 
 @triton.jit
-def lse_kernel(sums_ptr, maxima_ptr, lse_ptr, tiles, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+def lse_kernel(
+    sums_ptr, maxima_ptr, lse_ptr, tiles, n, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
     """logsumexp of rows from the largest logit of each tile and the sum of the exponentials below it."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     high = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
+    for i in range(BLOCKS):
+        t = i * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
         inside = (t < tiles) & (rows < n)[None, :]
         high = tl.maximum(high, tl.max(tl.load(maxima_ptr + t * n + rows, mask=inside, other=float("-inf")), 0))
     # Nothing is subtracted where the largest is infinite, in a tile and in a row, as in logsumexp.
     base = tl.where(tl.abs(high) == float("inf"), 0.0, high)
     total = tl.full((BLOCK_N,), 0.0, tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)[:, None]
+    for i in range(BLOCKS):
+        t = i * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
         inside = (t < tiles) & (rows < n)[None, :]
         here = tl.load(maxima_ptr + t * n + rows, mask=inside, other=0.0)
         below = tl.where(tl.abs(here) == float("inf"), 0.0, here)
