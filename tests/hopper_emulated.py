@@ -74,7 +74,7 @@ class Product:
     def _dx(self, a: hopper.DxArguments, e: Tensor, weight: Tensor, out: Tensor) -> None:
         self.launched.append("dx")
         assert (a.rows, a.columns) == out.shape and a.inner == len(weight) == e.shape[1] and a.rows == len(e)
-        steps = -(-a.inner // hopper._DEPTH)
+        steps = -(-a.inner // hopper.DEPTH)
         assert 0 < a.group <= -(-a.rows // hopper.PAIR) and (a.splits - 1) * a.part < steps <= a.splits * a.part
         tiles = 2 * -(-a.rows // hopper.PAIR) * -(-a.columns // hopper.COLUMNS)
         arrived = _at(a.arrived, tiles, ctypes.c_int, torch.int32)

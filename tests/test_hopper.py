@@ -15,7 +15,7 @@ from lce_inductor.kernels import nvrtc
 from lce_inductor.ops.epilogue import parse
 
 triton = pytest.importorskip("triton")
-from lce_inductor.kernels import hopper  # noqa: E402
+from lce_inductor.kernels import hopper, hopper_source  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC, which there is for NVIDIA's GPUs alone")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -26,9 +26,9 @@ ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 LIMIT = 227 * 1024
 
 
-def variant(flags: str, epilogue: str = "") -> hopper.Variant:
+def variant(flags: str, epilogue: str = "") -> hopper_source.Variant:
     steps = parse(epilogue)
-    return hopper.Variant(frozenset(flags.split()) | ({"HAS_STEPS"} if steps else set()), steps)
+    return hopper_source.Variant(frozenset(flags.split()) | ({"HAS_STEPS"} if steps else set()), steps)
 
 
 CROSS_ENTROPY = variant("STORE SUM HAS_TARGET")
@@ -50,6 +50,19 @@ VARIANTS = [
 ]
 
 
+def operands(
+    N: int, V: int, rows: int, H: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, hopper.Products]:
+    """E [N, V] in padded rows, another matrix [rows, H], and the products of their dtype."""
+    g = torch.Generator("cuda").manual_seed(0)
+    e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
+    other = torch.randn(rows, H, device="cuda", generator=g).to(dtype)
+    e[:, V:] = float("nan")  # beyond the classes: not read
+    kernels = hopper.products(e.device, dtype)
+    assert kernels is not None
+    return e, other, kernels
+
+
 def sass(source: str, folder: Path) -> list[str]:
     path = folder / "kernel.cubin"
     path.write_bytes(nvrtc.compile(source, folder=folder))
@@ -58,8 +71,8 @@ def sass(source: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("v", VARIANTS, ids=lambda v: " ".join(sorted(v.flags)))
-def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
-    code = sass(hopper.source(v), tmp_path)
+def test_compiles_to_what_was_meant(v: hopper_source.Variant, tmp_path: Path) -> None:
+    code = sass(hopper_source.source(v), tmp_path)
     products = [
         i for i, line in enumerate(code) if "HGMMA.64x192x16.F32" + ("" if "HALF" in v.flags else ".BF16") in line
     ]
@@ -88,10 +101,10 @@ def test_compiles_to_what_was_meant(v: hopper.Variant, tmp_path: Path) -> None:
         (variant("DX"), 2),
         (variant("DW"), 0),
     ],
-    ids=lambda v: " ".join(sorted(v.flags)) if isinstance(v, hopper.Variant) else "",
+    ids=lambda v: " ".join(sorted(v.flags)) if isinstance(v, hopper_source.Variant) else "",
 )
-def test_no_registers_in_memory(v: hopper.Variant, most: int, tmp_path: Path) -> None:
-    code = sass(hopper.source(v), tmp_path)
+def test_no_registers_in_memory(v: hopper_source.Variant, most: int, tmp_path: Path) -> None:
+    code = sass(hopper_source.source(v), tmp_path)
     assert sum("STL" in line for line in code) <= most
 
 
@@ -103,7 +116,7 @@ def test_where_tiles_of_dw_are_full(H: int, fills: bool) -> None:
 @pytest.mark.parametrize("steps", ["", SOFTCAP, EVERY_STEP])
 def test_small_kernels(steps: str, tmp_path: Path) -> None:
     """16 bytes at a time, no registers in memory, and divisions as exact as Triton's."""
-    code = sass(hopper.rows_source(parse(steps)), tmp_path)
+    code = sass(hopper_source.rows_source(parse(steps)), tmp_path)
     assert sum("LDG.E.128" in line for line in code) >= 10
     assert sum("STG.E.128" in line for line in code) >= 4
     # The exact square root and division are calls where a row's epilogue has both: one register is saved around them.
@@ -190,12 +203,7 @@ def test_which_product_for_dx(n: int, H: int, ours: bool, caplog: pytest.LogCapt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dx_against_fp64(n: int, H: int, V: int, dtype: torch.dtype) -> None:
     """Sizes that are no multiple of a tile, several parts, launches one after another; each time the same bits."""
-    g = torch.Generator("cuda").manual_seed(0)
-    e = torch.rand(n, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
-    weight = torch.randn(V, H, device="cuda", generator=g).to(dtype)
-    e[:, V:] = float("nan")  # beyond the classes: not read
-    kernels = hopper.products(e.device, dtype)
-    assert kernels is not None
+    e, weight, kernels = operands(n, V, V, H, dtype)
     counts = torch.zeros(hopper.counts_of_dx(n, H), dtype=torch.int32, device="cuda")
     counted, found = 0, []
     for _ in range(5):
@@ -211,12 +219,7 @@ def test_dx_against_fp64(n: int, H: int, V: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("N, H, V, rows", [(256, 64, 256, 256), (1000, 200, 1003, 512), (2000, 768, 5003, 768)])
 def test_dw_against_fp64(N: int, H: int, V: int, rows: int, dtype: torch.dtype) -> None:
     """Chunk by chunk, sizes that are no multiple of a tile, more tiles than blocks; twice the same bits."""
-    g = torch.Generator("cuda").manual_seed(0)
-    e = torch.randn(N, -(-V // 64) * 64, device="cuda", generator=g).to(dtype)
-    xs = torch.randn(N, H, device="cuda", generator=g).to(dtype)
-    e[:, V:] = float("nan")  # beyond the classes: not read
-    kernels = hopper.products(e.device, dtype)
-    assert kernels is not None
+    e, xs, kernels = operands(N, V, N, H, dtype)
     found = []
     for _ in range(2):
         buffer, scaled = torch.full_like(e[:rows], float("nan")), torch.full_like(xs[:rows], float("nan"))

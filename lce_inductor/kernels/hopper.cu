@@ -8,6 +8,14 @@
 // hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh, hopper_dx.cuh and hopper_dw.cuh,
 // which say where the operands come from and what f is.
 
+#ifndef PARTS  // each tile takes the whole inner dimension
+__device__ __forceinline__ int splits(const Arguments&) { return 1; }
+__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
+    return tile_at(tile, pairs, columns, a.group, steps);
+}
+__device__ __forceinline__ void announce(const Arguments&, const Tile&, u32) {}
+#endif
+
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
          const __grid_constant__ TensorMap out_map, const __grid_constant__ Arguments a) {

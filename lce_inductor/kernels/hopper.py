@@ -19,29 +19,31 @@ import functools
 import itertools
 import logging
 import os
-import pathlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.chunking import ceil_div
-from ..ops.epilogue import Steps, reciprocal
+from ..ops.epilogue import Steps
 from . import nvrtc, tuning
+from .hopper_source import COLUMNS, DEPTH, ROWS, Variant, rows_source, source
 
 if TYPE_CHECKING:
     from .anchored import Head
 
 log = logging.getLogger(__name__)
 
-ROWS, COLUMNS = 128, 192  # of a tile; the two blocks of a cluster take two of them, PAIR rows
-PAIR = 2 * ROWS
+PAIR = 2 * ROWS  # of the two blocks of a cluster
 _THREADS = 384
-_DEPTH = 64
-_FLAGS = ("STORE", "SUM", "REDO", "PLAIN", "HALF", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 # Pairs of row tiles that share columns: what 66 clusters work on at a time is about square.
 _GROUP = 8
 _MOST_PARTS = 8  # of the inner dimension, in the product for dX
+
+
+def _group(pairs: int) -> int:
+    """The same number of pairs for each group, up to _GROUP of them."""
+    return ceil_div(pairs, ceil_div(pairs, _GROUP))
 
 
 _INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
@@ -86,48 +88,6 @@ class RowsArguments(ctypes.Structure):
     )
 
 
-class Variant(NamedTuple):
-    """What a kernel is compiled for: which product, by its flags, and the epilogue of the first."""
-
-    flags: frozenset[str]
-    steps: Steps = ()
-
-    @property
-    def operands(self) -> str:
-        return "f16" if "HALF" in self.flags else "bf16"
-
-    @property
-    def product(self) -> str:
-        """Which of the three: its file is hopper_*.cuh."""
-        return "dw" if "DW" in self.flags else "dx" if "DX" in self.flags else "logits"
-
-    @property
-    def name(self) -> str:
-        """Of the kernel, as a profile shows it."""
-        if self.product != "logits" or "PLAIN" in self.flags:
-            return f"lce_{self.product}"
-        return "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
-
-    @property
-    def transposed(self) -> tuple[int, int]:
-        """Is the inner dimension the outer one of each operand in memory?"""
-        return {"logits": (0, 0), "dx": (0, 1), "dw": (1, 1)}[self.product]
-
-    @property
-    def staging_bytes(self) -> int:
-        """For what is on its way out: a tile of E, or three slices in fp32."""
-        return ROWS * COLUMNS * 2 if self.flags & {"STORE", "DX", "DW"} else 0
-
-    @property
-    def stages(self) -> int:
-        return 4 if self.staging_bytes else 5
-
-    @property
-    def shared_bytes(self) -> int:
-        stage = (ROWS + COLUMNS) * _DEPTH * 2
-        return 1024 + self.stages * stage + self.staging_bytes + 8 * (2 * self.stages + 4)
-
-
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
 _CROSS_ENTROPY_AGAIN = Variant(_CROSS_ENTROPY.flags | {"REDO"})
 _LOGITS, _DX, _DW = (Variant(frozenset(flags.split())) for flags in ("STORE SUM PLAIN", "DX", "DW"))
@@ -168,70 +128,6 @@ def _try(variants: tuple[Variant, ...], device: torch.device) -> _Kernels | None
     except (RuntimeError, OSError) as error:
         log.warning("kernels for compute capability 9.0 cannot be used, Triton's and the library's are: %s", error)
         return None
-
-
-def source(variant: Variant) -> str:
-    """The text of a product that NVRTC compiles."""
-    defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {
-        "BN": COLUMNS, "STAGES": variant.stages, "NAME": variant.name,
-    }  # fmt: skip
-    lines = [f"#define {name} {value}" for name, value in defines.items()]
-    wide = [] if variant.product == "logits" else ["hopper_wide.cuh"]
-    common, *files = map(_file, ("hopper_common.cuh", *wide, f"hopper_{variant.product}.cuh", "hopper.cu"))
-    steps = _epilogue(variant.steps, exact=False)
-    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, *files])
-
-
-def rows_source(steps: Steps) -> str:
-    """The text of the small kernels."""
-    return _epilogue(steps, exact=True) + "\n" + _file("hopper_rows.cuh")
-
-
-@functools.cache
-def _file(name: str) -> str:
-    return pathlib.Path(__file__).with_name(name).read_text()
-
-
-def _wgmma(columns: int, variant: Variant) -> str:
-    """The product of 64 rows, `columns` columns and 16 terms: an instruction with half of `columns` registers."""
-    (a, b), operand = variant.transposed, variant.operands
-    n = columns // 2
-    registers = ", ".join(f"%{i}" for i in range(n))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(n))
-    return f"""
-__device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, unsigned long long b, int add) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} "
-                 "{{{registers}}}, %{n}, %{n + 1}, p, 1, 1, {a}, {b};\\n}}"
-                 : {operands} : "l"(a), "l"(b), "r"(add));
-}}"""
-
-
-def _epilogue(steps: Steps, exact: bool) -> str:
-    """f(z) and f'(z), as in anchored_kernels.py; not exact: an instruction for each function, whose results are within
-    2^-22 of IEEE's, for which division is a loop's worth of code."""
-    exp, inverse, root = ("expf({})", "1.0f / ({})", "1.0f / sqrtf({})") if exact else (
-        "exp2_fast({} * 1.4426950408889634f)", "inverse_fast({})", "rsqrtf({})")  # fmt: skip
-    lines = []
-    for name, *constants in steps:
-        c = [f"(float)({float(value)!r})" for value in constants]
-        if name == "mul":
-            lines.append(f"z *= {c[0]}; slope *= {c[0]};")
-        elif name == "div":
-            r = f"(float)({reciprocal(float(constants[0]))!r})"
-            lines.append(f"z *= {r}; slope *= {r};")
-        elif name == "add":
-            lines.append(f"z += {c[0]};")
-        elif name == "tanh":
-            half = inverse.format("1.0f + " + exp.format("2.0f * z"))
-            lines.append(f"{{ float r = {half}; z = 1.0f - 2.0f * r; slope *= 4.0f * (r - r * r); }}")
-        elif name == "sigmoid":
-            lines.append(f"z = {inverse.format('1.0f + ' + exp.format('-z'))}; slope *= z * (1.0f - z);")
-        else:  # rsqrt_cap A K
-            r = root.format(f"z * z + {c[1]}")
-            lines.append(f"{{ float r = {r}; z *= {c[0]} * r; slope *= {c[0]} * {c[1]} * r * r * r; }}")
-    body = "\n    ".join(lines)
-    return f"__device__ __forceinline__ void epilogue(float& z, float& slope) {{\n    {body}\n}}"
 
 
 class _Kernels(NamedTuple):
@@ -365,7 +261,7 @@ class Launches:
         """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
         a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
-        a.group = ceil_div(pairs, ceil_div(pairs, _GROUP))
+        a.group = _group(pairs)
         clusters = min(pairs * h.tiles, self._prepared.clusters)
         e_map = self._x_map if h.e is None else nvrtc.tensor_map(h.e, n, ROWS)
         self._kernels.products[redo].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, e_map, a), self._stream)
@@ -424,7 +320,7 @@ def launch_logits(
     n, (V, H) = len(z), weight.shape
     pairs = ceil_div(n, PAIR)
     a = LogitsArguments(
-        rows=n, columns=V, inner=H, row0=row0, group=ceil_div(pairs, ceil_div(pairs, _GROUP)), sums=sums.data_ptr(),
+        rows=n, columns=V, inner=H, row0=row0, group=_group(pairs), sums=sums.data_ptr(),
         maxima=maxima.data_ptr(), part_stride=n,
     )  # fmt: skip
     maps = (
@@ -446,7 +342,7 @@ class Parts(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def parts_of_dx(n: int, H: int, V: int, clusters: int) -> Parts:
     """The fewest parts with which the tiles come out even on the clusters, or nearly so."""
-    tiles, steps = ceil_div(n, PAIR) * ceil_div(H, COLUMNS), ceil_div(V, _DEPTH)
+    tiles, steps = ceil_div(n, PAIR) * ceil_div(H, COLUMNS), ceil_div(V, DEPTH)
     wanted = range(1, _MOST_PARTS + 1)
     even = [_even(tiles * parts, clusters) for parts in wanted]
     parts = next((p for p, e in zip(wanted, even) if e > 0.99), wanted[even.index(max(even))])
@@ -484,14 +380,14 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arri
     """
     nvrtc.need_context()
     (n, H), V, most = out.shape, weight.shape[0], clusters(out.device)
-    pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, _DEPTH), parts_of_dx(n, H, V, most).count
+    pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, DEPTH), parts_of_dx(n, H, V, most).count
     a = DxArguments(
-        rows=n, columns=H, inner=V, group=ceil_div(pairs, ceil_div(pairs, _GROUP)), splits=parts,
+        rows=n, columns=H, inner=V, group=_group(pairs), splits=parts,
         part=ceil_div(steps, parts), before=before, arrived=arrived,
     )  # fmt: skip
     maps = (
         nvrtc.tensor_map(e[:, :V], n, ROWS),
-        nvrtc.tensor_map(weight, V, _DEPTH // 2),
+        nvrtc.tensor_map(weight, V, DEPTH // 2),
         nvrtc.tensor_map(out, n, ROWS),
     )
     blocks = 2 * min(pairs * ceil_div(H, COLUMNS) * parts, most)
@@ -510,7 +406,7 @@ def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulat
     nvrtc.need_context()
     (V, H), n = dw.shape, e.shape[0]
     a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate)
-    maps = nvrtc.tensor_map(e[:, :V], n, _DEPTH), nvrtc.tensor_map(xs, n, _DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
+    maps = nvrtc.tensor_map(e[:, :V], n, DEPTH), nvrtc.tensor_map(xs, n, DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
     blocks = 2 * min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), clusters(dw.device))
     kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))
 

@@ -14,11 +14,6 @@ struct Arguments {
 
 __device__ __forceinline__ bool nothing_to_do(const Arguments&) { return false; }
 __device__ __forceinline__ bool wanted(const Arguments&, int) { return true; }
-__device__ __forceinline__ int splits(const Arguments&) { return 1; }
-__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
-    return tile_at(tile, pairs, columns, a.group, steps);
-}
-__device__ __forceinline__ void announce(const Arguments&, const Tile&, u32) {}
 
 // A step of both operands: 64 rows of E for 128 classes, and this block's half of as many rows of xs.
 __device__ __forceinline__ void fetch_stage(const Arguments&, const TensorMap* e_map, const TensorMap* xs_map, u32 to_a,

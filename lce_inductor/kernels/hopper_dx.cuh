@@ -2,7 +2,10 @@
 //
 // A chunk has few tiles and each takes all V classes: they rarely come out even on the GPU's multiprocessors. So the classes
 // are cut into `splits` parts, one part of all tiles after another, and a part waits until the one before it has added its
-// sums: the order is always the same, and so are the bits. The part that is waited for was begun long ago.
+// sums: the order is always the same, and so are the bits. The part that is waited for was begun long ago: clusters begin in
+// rising order, each takes its parts in rising order and waits for lower ones only, so that the lowest is never held up.
+
+#define PARTS  // of the inner dimension: splits(), part_at() and announce() are here
 
 constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = true;  // E is K-major, weight N-major
 constexpr int STAGING_BYTES = WIDE_BYTES;

@@ -27,11 +27,6 @@ struct Arguments {
 
 __device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return REDO && a.found[0] == 0; }
 __device__ __forceinline__ bool wanted(const Arguments& a, int m) { return !REDO || a.found[1 + m / (2 * BM)] != 0; }
-__device__ __forceinline__ int splits(const Arguments&) { return 1; }
-__device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
-    return tile_at(tile, pairs, columns, a.group, steps);
-}
-__device__ __forceinline__ void announce(const Arguments&, const Tile&, u32) {}
 
 // A step of both operands: 128 rows of x, and this block's half of BN classes.
 __device__ __forceinline__ void fetch_stage(const Arguments& a, const TensorMap* x_map, const TensorMap* w_map, u32 to_a,

@@ -235,9 +235,8 @@ class _Gradients:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dX, dW, and db as summed. The chunk must be free by now: the cast below is where both forms of dW exist."""
 
-        def zeros(
-            shape: Sequence[int], needed: bool, dtype: torch.dtype
-        ) -> Tensor:  # no rows, or nothing depends on them
+        def zeros(shape: Sequence[int], needed: bool, dtype: torch.dtype) -> Tensor:
+            """Where there are no rows, or nothing depends on them."""
             return self.like.new_zeros(shape if needed else (0,), dtype=dtype)
 
         dx = zeros(self.like.shape, self.mask[0], self.like.dtype) if self.dx is None else self.dx

@@ -1,4 +1,4 @@
-"""Products whose result may be wider than their factors, the library's; on sm_90 our own of logits, and for dW."""
+"""Products whose result may be wider than their factors, the library's; on sm_90 our own of logits, for dX and dW."""
 
 from __future__ import annotations
 
@@ -63,9 +63,8 @@ def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor) -> None:
             hopper.launch_dx(kernels.dx, sums, dz, weight, counts.data_ptr(), 0)
             dx.copy_(sums)
             return
-    for i, c in enumerate(
-        reversed(pieces(V, dz.element_size()))
-    ):  # the few columns first: their sum is rounded once more
+    # The few columns first: their sum is rounded once more.
+    for i, c in enumerate(reversed(pieces(V, dz.element_size()))):
         product(dx, dz[:, c], weight[c], accumulate=i > 0)
 
 
