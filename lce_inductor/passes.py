@@ -13,7 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from . import report, watch
-from .backup import Backup
+from .graph.backup import Backup
 from .config import Config
 from .ops import schema  # noqa: F401  (registers the ops)
 from .recognize import recognize

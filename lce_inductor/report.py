@@ -148,7 +148,7 @@ def attach(name: str, data: Any) -> None:
 def records_of(graph: Any, plans: list[Any], config: Any) -> list[HeadRecord]:
     """Records of a graph after recognition: heads worth telling about (rewritten, or refused with a loss or many
     classes), and losses whose logits no linear of the graph computes."""
-    from .recognize.values import info, source
+    from .graph.values import info, source
 
     read_by, homeless = _losses_left(graph, plans)
     found = []
@@ -192,7 +192,7 @@ def _chunks(head: Any, config: Any) -> str:
 
 def _bare(head: Any, refusal: Any) -> HeadRecord:
     """The record of a head of which not even the shape is known."""
-    from .recognize.values import source
+    from .graph.values import source
 
     r = refusal.reason
     return HeadRecord(source(head.node), "?", "?", 0, r.code, r.explanation, r.hint, _stop(refusal), (), (), "")
@@ -203,7 +203,7 @@ def _wide(plan: Any) -> bool:
 
     The layers of a transformer's body widen at most about eightfold, and what they give is not returned.
     """
-    from .recognize.values import info, size_hint
+    from .graph.values import info, size_hint
 
     x = info(plan.head.x)
     hidden = size_hint(x.shape[-1]) if x is not None else 0
@@ -235,7 +235,7 @@ def _losses_left(graph: Any, plans: list[Any]) -> tuple[dict[int, list[Any]], li
 def _read_as_loss(node: Any) -> tuple[Any, Any]:
     """The logits that a node reads as a loss, and their number of classes; (None, None) for any other node."""
     from .recognize.canon import canonical
-    from .recognize.values import info
+    from .graph.values import info
 
     call = canonical(node)
     known = info(call.get("input")) if call is not None and call.name in _LOSSES else None
@@ -247,7 +247,7 @@ def _read_as_loss(node: Any) -> tuple[Any, Any]:
 
 def _owner(logits: Any, classes: Any, heads: dict[Any, Any], owners: dict[Any, Any]) -> Any:
     """Backwards from a loss to the nearest product or loss: the plan of that head, the loss, or None."""
-    from .recognize.values import same
+    from .graph.values import same
 
     todo, visited = [logits], set()
     while todo:
@@ -267,7 +267,7 @@ def _owner(logits: Any, classes: Any, heads: dict[Any, Any], owners: dict[Any, A
 def _homeless(node: Any, logits: Any) -> HeadRecord:
     """The record of a loss over logits that come into the graph, or from something that is no linear."""
     from .recognize.canon import canonical
-    from .recognize.values import info, numel_hint, source
+    from .graph.values import info, numel_hint, source
 
     known = info(logits)
     assert known is not None
@@ -295,7 +295,7 @@ def _homeless(node: Any, logits: Any) -> HeadRecord:
 
 
 def _stop(refusal: Any) -> str:
-    from .recognize.values import source
+    from .graph.values import source
 
     node = refusal.node
     text = source(node) if node is not None else ""

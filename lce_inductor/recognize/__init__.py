@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
-from ..backup import Backup
+from ..graph.backup import Backup
 from ..config import Config
 from ..ops import schema  # noqa: F401  (registers the ops)
 from ..reasons import Refusal, refuse

@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..ops.types import SUM, TARGET
 from ..reasons import Refusal, refuse
 from .forms import Edit, Ref, RowOp, Terminal, Want
-from .values import info
+from ..graph.values import info
 from .walk import HeadPlan, Walk
 
 

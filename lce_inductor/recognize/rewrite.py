@@ -24,7 +24,7 @@ from .place import Group, selecting
 from .rules_elementwise import num_classes
 from .rules_head import ref_info
 from .rules_reduce import item
-from .values import info
+from ..graph.values import info
 from .walk import HeadPlan, Walk
 
 _STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, NEG_ENTROPY: 3, MAX: 4, ARGMAX: 5}

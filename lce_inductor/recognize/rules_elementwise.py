@@ -16,7 +16,7 @@ from .canon import Call, canonical
 from .edits import fold, hides, number
 from .forms import ClassMap, Edit, Head, Offset, OneHot, OneHotProduct, Outcome, Product, Squared, rule
 from .rules_head import DTYPES
-from .values import info, same
+from ..graph.values import info, same
 
 if TYPE_CHECKING:
     from .walk import Walk

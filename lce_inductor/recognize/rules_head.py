@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..reasons import Refusal, refuse
 from .canon import Attr, Call, canonical, tensor_attr
 from .forms import ClassMap, Head, Ref
-from .values import Info, info, same, same_shape
+from ..graph.values import Info, info, same, same_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from .canon import Call, canonical
 from .edits import fold, hides
 from .forms import RULES, ClassMap, Edit, OneHot
 from .rules_shape import class_range, full_key
-from .values import info
+from ..graph.values import info
 
 if TYPE_CHECKING:
     from .walk import Walk

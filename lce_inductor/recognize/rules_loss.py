@@ -18,7 +18,7 @@ from .emit import Emitter
 from .forms import ClassMap, Outcome, Terminal, Want, rule
 from .rules_head import ref_info
 from .rules_reduce import cancel
-from .values import info
+from ..graph.values import info
 
 if TYPE_CHECKING:
     from .walk import Walk

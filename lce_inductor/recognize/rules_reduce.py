@@ -17,7 +17,7 @@ from ..reasons import refuse
 from .canon import Call, canonical
 from .emit import Emitter
 from .forms import ClassMap, OneHotProduct, Outcome, Product, Spread, Terminal, Want, rule
-from .values import Info, info, same_shape
+from ..graph.values import Info, info, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk

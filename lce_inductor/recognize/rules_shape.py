@@ -20,7 +20,7 @@ from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Part
 from .rules_elementwise import num_classes
 from .rules_head import DTYPES
 from .rules_reduce import index_rows
-from .values import Info, info, same, same_shape
+from ..graph.values import Info, info, same, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk

@@ -18,7 +18,7 @@ from .effects import Effects
 from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal, captured
 from .rules_head import head_of, ref_info
 from .rules_in_place import in_place
-from .values import device_type, info, numel_hint, size_hint
+from ..graph.values import device_type, info, numel_hint, size_hint
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..chain import takes_lists
 from ..ops.chunking import plan
-from ..recognize.values import size_hint
+from ..graph.values import size_hint
 from .tangents import HEAD_ARGS, RowGradients
 
 aten = torch.ops.aten

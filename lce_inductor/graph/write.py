@@ -1,0 +1,128 @@
+"""Writing nodes with their fake values, sizes as the graph knows them, and the order of a graph that was written to."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+class Writer:
+    """Writes nodes before `point`; symbolic sizes among the arguments become nodes of the graph."""
+
+    def __init__(self, graph: Graph, point: Node, like: Node | None = None, avoid: set[Node] | None = None) -> None:
+        """avoid: nodes that no size is read off."""
+        self.graph, self.point, self.like, self.avoid = graph, point, like, avoid or set()
+        self.new: list[Node] = []
+        self._sizes: dict[Any, Node] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        args, kwargs = self._sized(args), self._sized(kwargs)
+        with self.graph.inserting_before(self.point):
+            node = self.graph.call_function(target, args, kwargs)
+        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with fake_mode(values):
+            node.meta["val"] = target(*values[0], **values[1])
+        if self.like is not None:
+            keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
+            node.meta.update({k: v for k, v in self.like.meta.items() if k in keep})
+        self.new.append(node)
+        return node
+
+    def _sized(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._sized(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._sized(v) for k, v in value.items()}
+        if isinstance(value, torch.SymInt):
+            value = value.node.expr
+        return self.size(value) if isinstance(value, sympy.Basic) else value
+
+    def size(self, expr: Any) -> Any:
+        """A node for a symbolic size, or the number."""
+        if isinstance(expr, (int, sympy.Integer)):
+            return int(expr)
+        if expr not in self._sizes:
+            self._sizes[expr] = self._find(expr)
+        return self._sizes[expr]
+
+    def _find(self, expr: Any) -> Node:
+        known = find_size(self.graph, expr, self.avoid)
+        if isinstance(known, Node):
+            return known
+        if known is not None:
+            node, dim = known
+            return self._size_node(aten.sym_size.int, (node, dim), node.meta["val"].shape[dim])
+        return self._made(expr)
+
+    def _made(self, expr: Any) -> Node:
+        import operator
+
+        ops = {sympy.Mul: operator.mul, sympy.Add: operator.add}
+        if type(expr) not in ops:
+            raise ValueError(f"no node of the graph has the size {expr}")
+        first, *rest = expr.args
+        out = self.size(first)
+        for other in rest:
+            right = self.size(other)
+            values = [v.meta["val"] if isinstance(v, Node) else v for v in (out, right)]
+            out = self._size_node(ops[type(expr)], (out, right), ops[type(expr)](*values))
+        return out
+
+    def _size_node(self, target: Any, args: Any, value: Any) -> Node:
+        with self.graph.inserting_before(self.point):
+            node = self.graph.call_function(target, args)
+        node.meta["val"] = value
+        self.new.append(node)
+        return node
+
+
+def find_size(graph: Graph, expr: Any, avoid: set[Node]) -> Node | tuple[Node, int] | None:
+    """A node that is this size, or a tensor and its dimension of this size."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node not in avoid and isinstance(value, torch.SymInt) and value.node.expr == expr:
+            return node
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node not in avoid and isinstance(value, torch.Tensor):
+            for dim, s in enumerate(value.shape):
+                if isinstance(s, torch.SymInt) and s.node.expr == expr:
+                    return node, dim
+    return None
+
+
+def can_size(graph: Graph, expr: Any, avoid: set[Node]) -> bool:
+    """Can a Writer give this size?"""
+    if isinstance(expr, (int, sympy.Integer)) or find_size(graph, expr, avoid) is not None:
+        return True
+    return isinstance(expr, (sympy.Mul, sympy.Add)) and all(can_size(graph, a, avoid) for a in expr.args)
+
+
+def fake_mode(values: Any) -> Any:
+    """The fake mode of these values, or of the trace under way."""
+    from torch._guards import TracingContext, detect_fake_mode
+
+    flat = torch.utils._pytree.tree_leaves(values)
+    mode = detect_fake_mode([v for v in flat if isinstance(v, torch.Tensor)])
+    if mode is None:
+        context = TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+    return mode if mode is not None else contextlib.nullcontext()
+
+
+def finish(graph: Graph) -> None:
+    """Values may stand behind what now reads them: sort, and drop what nobody reads."""
+    stable_topological_sort(graph)
+    last = next(iter(reversed(graph.nodes)))
+    output = next(iter(graph.find_nodes(op="output")))
+    if output is not last:  # the sort may leave nodes behind it that nothing reads
+        last.append(output)
+    graph.eliminate_dead_code()
+    graph.lint()

@@ -1,0 +1,505 @@
+"""From labelled nodes to a program: what a result needs, step by step, down to logits, rows and classes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph.values import size_hint
+from .facts import Crossing, bound, fact, moved_dims, operand_tags
+from .labels import SPLITS, Labels
+from .program import Program, Ref, Result, Rows, Step, Sym, name_of
+from .spaces import Space
+from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
+
+aten = torch.ops.aten
+
+# How far back the making of an input is looked at, to find values of the size of the logits in it.
+_FAR = 64
+_DROPPED = ("memory_format", "layout", "pin_memory", "device", "non_blocking", "requires_grad")
+
+
+class Emitter:
+    """Builds the program of one set of rows.
+
+    stop: says of a narrow labelled node whether it is an input; called with the node.
+    """
+
+    def __init__(self, labels: Labels, space: Space, stop: Callable[[Node], bool]) -> None:
+        self.labels, self.space, self.stop = labels, space.find(), stop
+        self.kinds: list[str] = []
+        self.given: dict[str, list[Any]] = {"logits": [], "rows": [], "whole": []}
+        self.sizes: list[Any] = []
+        self.matrices: list[Node] = []
+        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.results: list[Result] = []
+        self.of: dict[Any, Any] = {}
+        self._inputs: dict[Any, Any] = {}
+        self._reaches: dict[Any, bool] = {}
+
+    # -- what comes out
+
+    def row(self, node: Node) -> None:
+        """The values of a narrow node."""
+        label = self.labels.of[node]
+        ref = self.value(node, label.tags, label.space)
+        self.results.append(Result("row", ref, node.meta["val"].dtype, self._local(label.tags, node)))
+
+    def total(self, node: Node, wide: Node) -> None:
+        """A sum over rows and classes: its part of each row; the sum over rows stays in the graph."""
+        label = self.labels.of[wide]
+        ref = self.value(wide, label.tags, label.space)
+        dtype = node.meta["val"].dtype
+        dims = [position(label.tags, d) for d, t in enumerate(label.tags) if t != ROW]
+        ref = self._step(aten.sum.dim_IntList, (ref, dims), {"dtype": dtype})
+        self.results.append(Result("row", ref, dtype, ()))
+
+    def sum(self, node: Node, wide: Node) -> None:
+        """A sum over rows of a wide node."""
+        label, value = self.labels.of[wide], node.meta["val"]
+        ref = self.value(wide, label.tags, label.space)
+        dims = [d % len(label.tags) for d in node.args[1]]  # type: ignore[union-attr]
+        here = [position(label.tags, d) for d in dims if label.tags[d] != ROW]
+        if here:
+            ref = self._step(aten.sum.dim_IntList, (ref, here), {"dtype": value.dtype})
+        kept = [d for d, t in enumerate(label.tags) if t != ROW and d not in dims]
+        shape = shape_of(wide) or ()
+        self.results.append(Result("sum", ref, value.dtype, tuple(self._size(shape[d]) for d in kept)))
+
+    def dx(self, node: Node, wide: Node) -> None:
+        """dz @ matrix [V, H]."""
+        value = node.meta["val"]
+        ref = self._matrix(wide)
+        other: Any = node.args[1] if node.args[0] is wide else node.args[0]
+        if other not in self.matrices:
+            self.matrices.append(other)
+        width = (shape_of(other) or ())[-1 if node.args[0] is wide else -2]
+        self.results.append(Result("dx", ref, value.dtype, (self._size(width),), self.matrices.index(other)))
+
+    def dw(self, node: Node, wide: Node) -> None:
+        """dz^T @ rows."""
+        label, value = self.labels.of[wide], node.meta["val"]
+        ref = self._matrix(wide)
+        left, right = node.args
+        other: Any = right if left is wide else left
+        sizes = shape_of(other) or ()
+        x_tags = ROW * (len(sizes) - 2) + (ROW + LOCAL if left is wide else LOCAL + ROW)
+        rows = self._input("rows", other, x_tags, label.space)
+        index = self._index_of(rows)
+        V = (shape_of(wide) or ())[label.tags.rindex(LOCAL)]
+        width = sizes[x_tags.rindex(LOCAL)]
+        self.results.append(Result("dw", ref, value.dtype, (self._size(V), self._size(width)), index))
+
+    def _matrix(self, wide: Node) -> Ref:
+        """A wide node as a factor of a product."""
+        label = self.labels.of[wide]
+        ref = self.value(wide, label.tags, label.space)
+        own = local_sizes(label.tags, shape_of(wide) or ())
+        return ref if len(own) == 1 else self._reshaped(ref, label.tags, own[-1:] if is_one(own[0]) else own[:1])
+
+    def program(self) -> Program:
+        """The finished program: inputs first, then the steps that results need."""
+        count = len(self.kinds)
+        needed: set[int] = set()
+        todo = [r.value for r in self.results]
+        while todo:
+            ref = todo.pop()
+            if ref.index < 0 and ref.index not in needed:
+                needed.add(ref.index)
+                _, args, kwargs = self.steps[-ref.index - 1]
+                todo += _refs((args, tuple(kwargs.values())))
+        kept = sorted((-i - 1 for i in needed))
+        place = {-k - 1: count + i for i, k in enumerate(kept)}
+
+        def final(ref: Ref) -> Ref:
+            return Ref(place.get(ref.index, ref.index))
+
+        steps = []
+        for k in kept:
+            op, args, kwargs = self.steps[k]
+            name = "getitem" if op is operator.getitem else name_of(op)
+            steps.append(Step(name, _map(args, final), {a: _map(v, final) for a, v in kwargs.items()}))
+        return Program(tuple(self.kinds), tuple(steps), tuple(r._replace(value=final(r.value)) for r in self.results))
+
+    # -- values
+
+    def value(self, node: Node, tags: str, home: Space) -> Any:
+        """A node's value in the rows of this program, or None where it is zero in all of them."""
+        key = (node, tags, home.find())
+        if key not in self.of:
+            self.of[key] = self._value(node, tags, home.find())
+        return self.of[key]
+
+    def _value(self, node: Node, tags: str, home: Space) -> Any:
+        labels = self.labels
+        label = labels.of.get(node)
+        if label is None:
+            return self._unlabelled(node, tags, home)
+        if label.tags != tags and label.tags.replace(ONE, "") != tags.replace(ONE, ""):
+            raise Crossing(f"rows are other rows at {node}")
+        if node in labels.sources:
+            return self._source(node, home)
+        if label.parts is not None and self.space not in {p.find() for p in label.parts}:
+            return None
+        if not labels.wide(node) and self.stop(node):
+            return self._input("rows", node, tags, label.space)
+        if node in labels.passes:
+            return self._passed(node, tags)
+        return self._computed(node, label.tags, label.space)
+
+    def _passed(self, node: Node, tags: str) -> Any:
+        """Rows selected, or put back: in the rows of this program nothing is done."""
+        for source in self.labels.passes[node]:
+            label = self.labels.of[source]
+            reached = {p.find() for p in label.parts} if label.parts is not None else self._above(label.space)
+            if label.parts is None and label.space.find() is self.space:
+                reached = {self.space}
+            if self.space not in reached:
+                continue
+            ref = self.value(source, label.tags, label.space)
+            before, after = label.tags.replace(ROW, ""), tags.replace(ROW, "")
+            if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):
+                return self._permuted(node, ref, label.tags)
+            if before == after or ref is None:
+                return ref
+            return self._reshaped(ref, tags, local_sizes(tags, shape_of(node) or ()))
+        return None
+
+    def _above(self, space: Space) -> set[Space]:
+        """These rows and all that follow from them."""
+        found, todo = {space.find()}, [space.find()]
+        while todo:
+            for move in todo.pop().moves:
+                after = move.after.find()
+                if after not in found:
+                    found.add(after)
+                    todo.append(after)
+        return found
+
+    def _source(self, node: Node, home: Space) -> Ref:
+        key = ("logits", node)
+        if key not in self._inputs:
+            ref = self._new_input("logits", (node, home))
+            tags, shape = self.labels.of[node].tags, shape_of(node) or ()
+            own = local_sizes(tags, shape)  # of bmm, a batch of one
+            self._inputs[key] = ref if len(own) == 1 else self._reshaped(ref, tags, own)
+        return self._inputs[key]
+
+    def _unlabelled(self, node: Node, tags: str, home: Space) -> Any:
+        if ROW not in tags:
+            if node.target in (aten.full.default, aten.scalar_tensor.default) and node.op == "call_function":
+                return self._computed(node, tags, home)
+            return self._input("whole", node, tags, home)
+        if self._reaches_wide(node, tags, home, _FAR):
+            return self._computed(node, tags, home)
+        return self._input("rows", node, tags, home)
+
+    def _reaches_wide(self, node: Node, tags: str, home: Space, far: int) -> bool:
+        """Is something of the size of the logits computed on the way to this node, that need not be?"""
+        key = (node, tags)
+        if key not in self._reaches:
+            self._reaches[key] = False  # while we look
+            self._reaches[key] = self._look(node, tags, home, far)
+        return self._reaches[key]
+
+    def _look(self, node: Node, tags: str, home: Space, far: int) -> bool:
+        if node in self.labels.of:
+            return self.labels.wide(node) or node in self.labels.behind
+        if node.op != "call_function" or far == 0 or ROW not in tags:
+            return False
+        try:
+            wanted = self._operands(node, tags)
+        except Crossing:
+            return False
+        if self._is_wide(node, tags, home):
+            return True
+        return any(self._reaches_wide(a, t, home, far - 1) for a, t in wanted)
+
+    def _is_wide(self, node: Node, tags: str, home: Space) -> bool:
+        value, count = node.meta.get("val"), 1
+        if isinstance(value, (tuple, list)):
+            value = value[0]
+        if not isinstance(value, torch.Tensor):
+            return False
+        for s, t in zip(value.shape, tags):
+            count *= size_hint(s) if t == LOCAL else 1
+        return count * 4 > self.labels.classes(home)
+
+    def _operands(self, node: Node, tags: str) -> list[tuple[Node, str]]:
+        """Operands with their tags, where a node has these."""
+        found = fact(node)
+        if found.kind == "view":
+            before = through_view(tags, shape_of(node) or (), shape_of(node.args[0]) or ())
+            if before is None:
+                raise Crossing("rows and classes are mixed by a view")
+            return [(node.args[0], before)]  # type: ignore[list-item]
+        if found.kind == "getitem":
+            source = node.args[0]
+            if source.target is aten.unbind.int or len(shape_of(source) or ()) != len(tags):  # type: ignore[union-attr]
+                raise Crossing("an item of another rank")
+            return [(source, tags)]  # type: ignore[list-item]
+        wanted = operand_tags(node, found, tags)
+        for (arg, here), (_, dims) in zip(wanted, found.operands):
+            order = [dims[d] for d, t in enumerate(here) if t == ROW]
+            if order != sorted(order):  # type: ignore[type-var]
+                raise Crossing("rows in another order")
+            if 0 < len(order) < tags.count(ROW) and arg in self.labels.of:
+                raise Crossing("rows are broadcast to rows")
+        return wanted
+
+    # -- steps
+
+    def _computed(self, node: Node, tags: str, home: Space) -> Any:
+        if node.op != "call_function":
+            raise Crossing(f"{node} is no call")
+        found = fact(node)
+        wanted = self._operands(node, tags)
+        if found.kind == "view":
+            ((source, before),) = wanted
+            ref = self.value(source, before, home)
+            return ref if ref is None else self._local_view(ref, before, shape_of(source), tags, shape_of(node))
+        if found.kind == "getitem":
+            ((source, before),) = wanted
+            ref = self.value(source, before, home)
+            return None if ref is None else self._step(operator.getitem, (ref, node.args[1]), {})
+        refs = []
+        apart = self.space is not home.find() and node in self.labels.of and self._has_native_part(node)
+        for i, (arg, here) in enumerate(wanted):
+            if apart and node.target in (aten.add.Tensor, aten.sub.Tensor) and self._native(arg):
+                refs.append(None)  # the gradient of all rows is not that of these
+            elif 0 < here.count(ROW) < tags.count(ROW):  # values of some of the row dimensions, broadcast to the others
+                wanted[i] = (arg, tags_of_broadcast(node, here, found.operands[i][1], tags))
+                refs.append(self._broadcast(node, arg, found, i, tags, wanted[i][1], home))
+            else:
+                refs.append(self.value(arg, here, self._home(arg, home)))
+        if any(r is None for r in refs):
+            return self._with_zeros(node, wanted, refs)
+        if found.kind == "full":
+            return self._filled(node, tags, node.args[-1] if node.target is not aten.full.default else node.args[1])
+        if found.kind == "new":
+            fill = bound(node).get("fill_value", 0) if node.target is aten.new_full.default else 0
+            return self._filled(node, tags, fill)
+        if found.kind == "permute":
+            return self._permuted(node, refs[0], wanted[0][1])
+        if found.kind == "reshape":
+            return self._local_view(refs[0], wanted[0][1], shape_of(wanted[0][0]), tags, shape_of(node))
+        if found.kind == "expand":
+            return self._expanded(node, refs[0], wanted[0][1], tags)
+        if found.kind == "pick":
+            column = self._step(aten.unsqueeze.default, (refs[1], 1), {})
+            picked = self._step(aten.gather.default, (refs[0], 1, column), {})
+            return self._step(aten.squeeze.dim, (picked, 1), {})
+        if found.kind == "put":
+            return self._put(node, refs)
+        if found.kind == "index":
+            return self._index(node, refs, wanted)
+        if found.kind == "index_put":
+            indices: list[Any] = [None] * position(wanted[0][1], self._indexed(node)) + [refs[1]]
+            return self._step(node.target, (refs[0], indices, refs[2], *node.args[3:4]), {})
+        if found.kind == "pad":
+            return self._padded(node, refs[0], wanted[0][1])
+        return self._op(node, found, wanted, refs, tags)
+
+    def _has_native_part(self, node: Node) -> bool:
+        label = self.labels.of[node]
+        return label.parts is not None and label.space.find() in {p.find() for p in label.parts}
+
+    def _native(self, arg: Node) -> bool:
+        """Does a gradient belong to all rows, and not to some that were selected?"""
+        return arg not in self.labels.of or self.labels.of[arg].parts is None
+
+    def _broadcast(self, node: Node, arg: Node, found: Any, i: int, tags: str, here: str, home: Space) -> Ref:
+        if found.dims or found.kind not in ("op", "expand"):
+            raise Crossing("rows are broadcast to rows")
+        sizes, shape = [1] * len(tags), shape_of(node) or ()
+        for d, k in enumerate(found.operands[i][1]):
+            sizes[k] = (shape_of(arg) or ())[d]
+        sizes = [shape[k] if t == ROW else s for k, (s, t) in enumerate(zip(sizes, tags))]
+        return self._input("rows", arg, here, home, tuple(sizes))
+
+    def _home(self, arg: Node, home: Space) -> Space:
+        label = self.labels.of.get(arg)
+        return home if label is None else label.space
+
+    def _with_zeros(self, node: Node, wanted: list[tuple[Node, str]], refs: list[Any]) -> Any:
+        """Of a sum of gradients of several selections, the part of this one."""
+        if node.target not in (aten.add.Tensor, aten.sub.Tensor):
+            return None
+        if all(r is None for r in refs):
+            return None
+        (ref,) = (r for r in refs if r is not None)
+        alpha = node.kwargs.get("alpha", 1)
+        factor = 1 if refs[0] is not None else alpha if node.target is aten.add.Tensor else -alpha  # type: ignore[operator]
+        return ref if factor == 1 else self._step(aten.mul.Tensor, (ref, factor), {})
+
+    def _op(self, node: Node, found: Any, wanted: list[tuple[Node, str]], refs: list[Any], tags: str) -> Ref:
+        at_node = {}
+        plain = not found.dims
+        for (arg, here), ref in zip(wanted, refs):
+            if plain and ROW in here and len(here) < len(tags):  # broadcasting counts dimensions from the right
+                padded = aligned(here, len(tags))
+                sizes = [1] * (len(tags) - len(here)) + list(shape_of(arg) or ())
+                ref = self._reshaped(ref, padded, local_sizes(padded, tuple(sizes)))
+            elif plain and ROW not in here:  # rows are one dimension here, and the first
+                ahead = len(tags) - len(here)
+                kept = [s for d, s in enumerate(shape_of(arg) or ()) if tags[ahead + d] != ROW]
+                ref = self._reshaped(ref, here, kept) if len(kept) < len(here) else ref
+            at_node[arg] = ref
+        dims = moved_dims(found, node, wanted)
+        args = [dims[i] if i in dims else a for i, a in enumerate(node.args)]
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _DROPPED}
+        names = list(bound(node))
+        for i, value in dims.items():
+            if i >= len(args):
+                kwargs[names[i]] = value
+        target = node.target
+        if target in (aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default, aten.clone.default):
+            return refs[0]
+        if target is aten._to_copy.default:
+            target, kwargs = torch.ops.prims.convert_element_type.default, {}
+            args = [args[0], node.meta["val"].dtype]
+            if at_node[node.args[0]] is None:
+                raise Crossing("nothing to cast")
+        return self._step(target, self._filled_in(args, at_node), {k: self._filled_in(v, at_node) for k, v in kwargs.items()})
+
+    def _filled_in(self, value: Any, at_node: dict[Node, Any]) -> Any:
+        if isinstance(value, Node):
+            if value in at_node:
+                return at_node[value]
+            known = value.meta.get("val")
+            if isinstance(known, (int, torch.SymInt)):
+                return self._size(size(known))
+            raise Crossing(f"{value} is neither a tensor nor a size")
+        if isinstance(value, (list, tuple)):
+            return tuple(self._filled_in(v, at_node) for v in value)
+        if isinstance(value, torch.device):
+            return None
+        return value
+
+    def _filled(self, node: Node, tags: str, fill: Any) -> Ref:
+        if isinstance(fill, Node):
+            raise Crossing("a tensor filled with a size")
+        sizes = ([Rows()] if ROW in tags else []) + [self._size(s) for s in local_sizes(tags, shape_of(node) or ())]
+        return self._step(aten.full.default, (sizes, fill), {"dtype": node.meta["val"].dtype})
+
+    def _local_view(self, ref: Ref, before: str, old: Any, after: str, new: Any) -> Ref:
+        p, q = local_sizes(before, old or ()), local_sizes(after, new or ())
+        return ref if p == q else self._reshaped(ref, after, q)
+
+    def _reshaped(self, ref: Ref, tags: str, sizes: list[Any]) -> Ref:
+        rows = [Rows()] if ROW in tags else []
+        return self._step(aten.reshape.default, (ref, [*rows, *(self._size(s) for s in sizes)]), {})
+
+    def _permuted(self, node: Node, ref: Any, before: str) -> Any:
+        from .spaces import permutation
+
+        order = [d for d in permutation(node, len(before)) if before[d] != ROW]
+        if ref is None or order == sorted(order):
+            return ref
+        here = [position(before, d) for d in order]
+        return self._step(aten.permute.default, (ref, [*([0] if ROW in before else []), *here]), {})
+
+    def _expanded(self, node: Node, ref: Ref, before: str, after: str) -> Ref:
+        old, new = shape_of(node.args[0]) or (), shape_of(node) or ()
+        p, q = local_sizes(aligned(before, len(after)), (1,) * (len(new) - len(old)) + old), local_sizes(after, new)
+        if ROW in before and len(before) < len(after):
+            ref = self._reshaped(ref, aligned(before, len(after)), p)
+        if p == q and (ROW in before) == (ROW in after):
+            return ref
+        rows = [Rows()] if ROW in after else []
+        return self._step(aten.expand.default, (ref, [*rows, *(self._size(s) for s in q)]), {})
+
+    def _put(self, node: Node, refs: list[Any]) -> Ref:
+        """index_put(z, [0 1 2 ..., y], values): one position in each row."""
+        base, y, values = refs
+        column = self._step(aten.unsqueeze.default, (y, 1), {})
+        dtype = node.meta["val"].dtype
+        if len(shape_of(node.args[2]) or ()) == 0:
+            values = self._step(aten.expand.default, (values, [Rows()]), {})
+        values = self._step(aten.unsqueeze.default, (values, 1), {})
+        values = self._step(torch.ops.prims.convert_element_type.default, (values, dtype), {})
+        adds = bool(bound(node)["accumulate"])
+        return self._step(aten.scatter_add.default if adds else aten.scatter.src, (base, 1, column, values), {})
+
+    def _indexed(self, node: Node) -> int:
+        return next(d for d, i in enumerate(node.args[1]) if i is not None)  # type: ignore[arg-type]
+
+    def _index(self, node: Node, refs: list[Any], wanted: list[tuple[Node, str]]) -> Ref:
+        dim, (_, i_tags) = self._indexed(node), wanted[1]
+        if ROW in i_tags and (ROW in wanted[0][1] or dim != 0):
+            raise Crossing("an index of its own for each row")
+        return self._step(aten.index.Tensor, (refs[0], [None] * position(wanted[0][1], dim) + [refs[1]]), {})
+
+    def _padded(self, node: Node, ref: Ref, tags: str) -> Ref:
+        m, amounts = len(tags), list(node.args[1])  # type: ignore[arg-type]
+        here: list[Any] = []
+        for d in reversed(range(m)):
+            pair = amounts[2 * (m - 1 - d) : 2 * (m - d)] or [0, 0]
+            if tags[d] != ROW:
+                here += [self._filled_in(p, {}) for p in pair]
+        return self._step(aten.constant_pad_nd.default, (ref, here, *node.args[2:]), {})
+
+    def _size(self, s: Any) -> Any:
+        if isinstance(s, int):
+            return s
+        if s not in self.sizes:
+            self.sizes.append(s)
+        return Sym(self.sizes.index(s))
+
+    def _local(self, tags: str, node: Node) -> tuple[Any, ...]:
+        return tuple(self._size(s) for s in local_sizes(tags, shape_of(node) or ()))
+
+    def _step(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Ref:
+        self.steps.append((op, tuple(args), kwargs))
+        return Ref(-len(self.steps))
+
+    # -- inputs
+
+    def _input(self, kind: str, node: Node, tags: str, home: Space, expanded: Any = None) -> Ref:
+        """expanded: sizes to which the node is broadcast first."""
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            raise Crossing("several tensors as one input")
+        key = (kind, node, tags, home.find(), expanded)
+        if key not in self._inputs:
+            self._inputs[key] = self._new_input(kind, (node, tags, home, expanded))
+        return self._inputs[key]
+
+    def _new_input(self, kind: str, what: Any) -> Ref:
+        self.kinds.append(kind)
+        self.given[kind].append(what)
+        return Ref(len(self.kinds) - 1)
+
+    def _index_of(self, ref: Ref) -> int:
+        """Which of the tensors of its kind an input is."""
+        return self.kinds[: ref.index].count(self.kinds[ref.index])
+
+
+def tags_of_broadcast(node: Node, here: str, dims: list[int | None], tags: str) -> str:
+    """Tags of an operand that is broadcast to all dimensions of rows first."""
+    out = [ROW if t == ROW else ONE for t in tags]
+    for d, k in enumerate(dims):
+        if k is not None and here[d] == LOCAL:
+            out[k] = LOCAL
+    return "".join(out)
+
+
+def _refs(value: Any) -> list[Ref]:
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, (Rows, Sym)):
+        return []
+    return [r for v in value for r in _refs(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _map(value: Any, change: Callable[[Ref], Ref]) -> Any:
+    if isinstance(value, Ref):
+        return change(value)
+    if isinstance(value, (Rows, Sym)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_map(v, change) for v in value)
+    return value

@@ -1,0 +1,44 @@
+"""Products that may make logits: the last ones of the forward, as far as anything but the backward reads them."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from .labels import PRODUCTS
+from .tags import is_one, shape_of
+
+
+def tangents_of(graph: Graph) -> set[Node]:
+    """Incoming gradients, as AOTAutograd names them. None in a graph of inference."""
+    return {n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)}
+
+
+def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
+    """Products [N, V] of the forward that no other product of the forward reads, in order."""
+    feeds: set[Node] = set()  # nodes that a product of the forward depends on
+    found = []
+    for node in reversed(graph.nodes):
+        if node in on_tangent or node.op not in ("call_function", "placeholder", "get_attr"):
+            continue
+        users = [u for u in node.users if u not in on_tangent]
+        if any(u in feeds or is_product(u) for u in users):
+            feeds.add(node)
+        elif node.op == "call_function" and node.target in PRODUCTS and users and _is_head(node):
+            found.append(node)
+    return found[::-1]
+
+
+def is_product(node: Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_function" and (
+        node.target in PRODUCTS or any(word in name for word in ("attention", "convolution", "_mm", "linear", "lstm", "gru"))
+    )
+
+
+def _is_head(node: Node) -> bool:
+    """Rows and classes: two dimensions of more than one."""
+    shape = shape_of(node)
+    if shape is None or not node.meta["val"].dtype.is_floating_point:
+        return False
+    several = [s for s in shape if not is_one(s)]
+    return len(several) == 2 and not is_one(shape[-1]) and not is_one(shape[-2])

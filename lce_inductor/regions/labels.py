@@ -1,0 +1,487 @@
+"""Which nodes of a joint graph depend on a head's logits row by row, and which read several rows at once.
+
+One walk over the graph, from the products that make logits. A node that depends on them is
+
+    labelled   it has tags (see tags.py) and belongs to a set of rows (see spaces.py)
+    beyond     rows are added up, or it is no longer known how it depends on them: a loss, dW, what is made of them
+
+A labelled node with (nearly) as many local elements as there are classes is *wide*: it must never exist as a whole. A
+wide node that is read by anything but labelled nodes, sums over rows and the products of the backward is a problem of
+its heads, which are then left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from ..graph.values import size_hint
+from .facts import Crossing, Fact, at, bound, fact, result_tags
+from .spaces import Move, Space, backward_move, forward_move, nth_row, row_sizes
+from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+# A wide node has at least this share of the classes.
+_WIDE = 8
+
+
+class Label(NamedTuple):
+    """tags and rows of a node. parts: the rows on which a gradient may differ from zero, where it was scattered from
+    them (an adjoint of moves); None for a value of all rows of `space`."""
+
+    tags: str
+    space: Space
+    parts: tuple[Space, ...] | None = None
+
+
+class Sink(NamedTuple):
+    """A node that takes wide values out of the region. kind: "dx", "dw" (see emit.py), "sum" over rows, or "total"."""
+
+    node: Node
+    kind: str
+    wide: Node
+
+
+class Problem(NamedTuple):
+    code: str
+    node: Node
+    why: str
+
+
+class Labels:
+    """The result of the walk over one joint graph."""
+
+    def __init__(self, graph: Graph, tangents: set[Node]) -> None:
+        self.graph = graph
+        self.on_tangent = dependents(graph, tangents)
+        self.of: dict[Node, Label] = {}
+        self.beyond: set[Node] = set()
+        self.late: set[Node] = set()  # beyond, and behind wide nodes of the backward
+        self.sinks: list[Sink] = []
+        self.outputs: dict[Node, list[Node]] = {}  # narrow labelled nodes that are read outside, and by what
+        self.problems: dict[Node, Problem] = {}
+        self.sources: list[Node] = []
+        self._classes: dict[Space, int] = {}
+        self._facts: dict[Node, Fact] = {}
+        self.passes: dict[Node, list[Node]] = {}  # nodes that select rows, or put them back, and of what
+        self.behind: set[Node] = set()  # narrow nodes behind wide ones of the backward
+
+    # -- heads
+
+    def run(self, sources: list[Node]) -> None:
+        for node in self.graph.nodes:
+            if node in sources:
+                self._source(node)
+            elif node.op == "output":
+                self._output(node)
+            elif node.op == "call_function":
+                self._visit(node)
+
+    def _source(self, node: Node) -> None:
+        shape = shape_of(node) or ()
+        if any(a in self.of for a in node.all_input_nodes):
+            self._visit(node)
+            return
+        space = Space(product(shape[:-1]))
+        space.sources.append(node)
+        self.sources.append(node)
+        self._classes[space] = size_hint(node.meta["val"].shape[-1])
+        self.of[node] = Label("".join(ONE if is_one(s) else ROW for s in shape[:-1]) + LOCAL, space)
+
+    def classes(self, space: Space) -> int:
+        """The number of classes of the narrowest head of these rows and of those that they follow from."""
+        root = space.find()
+        found = [c for s, c in self._classes.items() if s.find() is root]
+        if not found:
+            found = [self.classes(m.before) for m in root.found_from]
+        return min(found, default=1)
+
+    def heads_of(self, space: Space) -> list[Node]:
+        """Sources that these rows come from."""
+        root, found = space.find(), []
+        found += root.sources
+        for move in root.found_from:
+            found += [s for s in self.heads_of(move.before) if s not in found]
+        return found
+
+    def wide(self, node: Node) -> bool:
+        label, value = self.of[node], node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return value is not None  # several results: what is read of them decides
+        count = 1
+        for s, t in zip(value.shape, label.tags):
+            count *= size_hint(s) if t == LOCAL else 1
+        return count > 1 and count * _WIDE > self.classes(label.space)
+
+    # -- one node
+
+    def _visit(self, node: Node) -> None:
+        args = [a for a in node.all_input_nodes if a in self.of]
+        if not args:
+            if any(a in self.beyond for a in node.all_input_nodes):
+                self._beyond(node)
+            return
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            return  # a size says nothing about values
+        try:
+            label = self._label(node, args)
+        except Crossing as crossing:
+            self._leave(node, args, crossing)
+            return
+        self.of[node] = label
+        blamed = [a for a in node.all_input_nodes if a in self.beyond]
+        if self.wide(node):
+            if blamed and (node not in self.on_tangent or any(a in self.late for a in blamed)):
+                self._problem(label.space, "crossing", node, "what several rows were added up to comes back to the rows")
+        elif blamed:  # no longer a function of its own row alone
+            del self.of[node]
+            self._leave(node, args, Crossing("what several rows were added up to comes back to the rows"))
+        elif node in self.on_tangent and any(self.wide(a) or a in self.behind for a in args):
+            self.behind.add(node)
+
+    def _beyond(self, node: Node) -> None:
+        self.beyond.add(node)
+        if any(a in self.late or a in self.behind for a in node.all_input_nodes):
+            self.late.add(node)
+
+    def _leave(self, node: Node, args: list[Node], crossing: Crossing) -> None:
+        """A node that has no label: rows are added up, or this is the end of what is known."""
+        self._beyond(node)
+        for arg in args:
+            label = self.of[arg]
+            if self.wide(arg):
+                kind = self._sink(node, arg)
+                if kind is None:
+                    self._problem(label.space, crossing.code, node, str(crossing))
+                    continue
+                self.sinks.append(Sink(node, kind, arg))
+                if node in self.on_tangent:
+                    self.late.add(node)
+            else:
+                self.outputs.setdefault(arg, []).append(node)
+
+    def _output(self, node: Node) -> None:
+        for arg in node.all_input_nodes:
+            if arg not in self.of:
+                continue
+            if self.wide(arg):
+                self._problem(self.of[arg].space, "returned", arg, "the logits, or values for each class, are returned")
+            else:
+                self.outputs.setdefault(arg, []).append(node)
+
+    def _sink(self, node: Node, wide: Node) -> str | None:
+        """How a node without a label may take a wide node out of the region."""
+        label = self.of[wide]
+        if node.target in (aten.mm.default, aten.bmm.default) and node in self.on_tangent:
+            left, right = node.args
+            tags = label.tags if node.target is aten.mm.default else label.tags[1:]
+            if label.tags[: -len(tags)] not in ("", ONE):
+                return None
+            if left is wide and right not in self.of and tags in ("rl", "lr"):
+                return "dx" if tags == "rl" else "dw"
+            if right is wide and left not in self.of and tags in ("rl", "lr"):
+                return "dw" if tags == "rl" else "dx"
+            return None
+        if label.parts is None or node in self.on_tangent:
+            return self._sum(node, label)
+        return None
+
+    def _sum(self, node: Node, label: Label) -> str | None:
+        if node.target in (aten.sum.default, aten.mean.default):
+            return "total"
+        if node.target is aten.sum.dim_IntList:
+            if not node.args[1]:
+                return "total"
+            dims = {d % len(label.tags) for d in node.args[1]}  # type: ignore[union-attr]
+            if all(d in dims for d, t in enumerate(label.tags) if t == ROW):
+                return "total" if all(d in dims for d, t in enumerate(label.tags) if t == LOCAL) else "sum"
+        return None
+
+    def _problem(self, space: Space, code: str, node: Node, why: str) -> None:
+        for head in self.heads_of(space):
+            self.problems.setdefault(head, Problem(code, node, why))
+
+    # -- labels
+
+    def _label(self, node: Node, args: list[Node]) -> Label:
+        moved = self._move(node, args)
+        if moved is not None:
+            return moved
+        if node.target in PRODUCTS:
+            raise Crossing("a matrix product reads the logits", "product")
+        found = self._facts.setdefault(node, fact(node))
+        if found.kind == "getitem":
+            return self._item(node, args[0])
+        if node.target in SPLITS and (tags := self.of[args[0]].tags)[at(bound(node)["dim"], len(tags))] == ROW:
+            self.passes[node] = [args[0]]  # each item is a move of its own
+            return self.of[args[0]]
+        if found.kind == "view":
+            old, new = shape_of(node.args[0]), shape_of(node)
+            tags = through_view(self.of[args[0]].tags, old or (), new or ())
+            if tags is None:
+                raise Crossing("rows and classes are mixed by a view")
+            return self.of[args[0]]._replace(tags=tags)
+        tags = result_tags(node, found, {a: self.of[a].tags for a in args if a in dict(found.operands)})
+        return Label(tags, *self._common(node, args))
+
+    def _item(self, node: Node, source: Node) -> Label:
+        label = self.of[source]
+        if source.target in SPLITS:
+            a, tags = bound(source), label.tags
+            dim = at(a["dim"], len(tags))
+            if tags[dim] == ROW:
+                self.passes[node] = [source]
+                return self._moved(node, label, *self._piece(source, node.args[1], tags, dim))
+            return label._replace(tags=tags if source.target is not aten.unbind.int else tags[:dim] + tags[dim + 1 :])
+        if len(shape_of(node) or ()) != len(label.tags):
+            raise Crossing("an item of another rank")
+        return label
+
+    def _piece(self, split: Node, i: Any, tags: str, dim: int) -> tuple[Any, tuple[Any, ...], str]:
+        nth = nth_row(tags, dim)
+        if split.target is aten.unbind.int:
+            return aten.select.int, (nth, i), tags[:dim] + tags[dim + 1 :]
+        sizes = [size(v.shape[dim]) for v in split.meta["val"]]
+        start = sum(sizes[:i])
+        return aten.slice.Tensor, (nth, start, start + sizes[i], 1), tags
+
+    def _common(self, node: Node, args: list[Node]) -> tuple[Space, tuple[Space, ...] | None]:
+        """The set of rows that the operands have in common."""
+        withrows = [a for a in args if ROW in self.of[a].tags]
+        if not withrows:
+            return self.of[args[0]].space, self.of[args[0]].parts
+        space = self.of[withrows[0]].space.find()
+        for other in withrows[1:]:
+            theirs = self.of[other].space.find()
+            if theirs is space:
+                continue
+            if not same_size(theirs.count, space.count) or self._related(space, theirs):
+                raise Crossing("rows of two selections meet")
+            space = space.join(theirs)
+        parts = [self.of[a].parts for a in withrows]
+        if all(p is None for p in parts):
+            return space, None
+        return space, self._parts(node, withrows, space)
+
+    def _parts(self, node: Node, args: list[Node], space: Space) -> tuple[Space, ...] | None:
+        """Where a gradient made of gradients of parts may differ from zero. Only what is linear in them keeps that."""
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+            others = [a for a in node.args[:2] if a not in self.of and not is_zero(a)]
+            parts = [s.find() for a in args for s in self.of[a].parts or (space,)] + [space] * bool(others)
+            return tuple(dict.fromkeys(parts))
+        scattered = [a for a in args if self.of[a].parts is not None]
+        only = {p for a in scattered for p in self.of[a].parts or ()}
+        if len(only) == 1 and any(m.reorders and m.before.find() is space for m in next(iter(only)).found_from):
+            return tuple(only)
+        if len(scattered) == 1 and keeps_zeros(node, scattered[0]):
+            return self.of[scattered[0]].parts
+        raise Crossing("a gradient of selected rows is changed in a way that is not linear")
+
+    def _related(self, a: Space, b: Space) -> bool:
+        """Does one follow from the other? Then rows of the same number are others all the same."""
+        return any(s.find() is b.find() for s in ancestors(a)) or any(s.find() is a.find() for s in ancestors(b))
+
+    def _move(self, node: Node, args: list[Node]) -> Label | None:
+        """Rows that are selected or ordered anew, and gradients that go back."""
+        first = node.args[0] if node.args else None
+        if isinstance(first, Node) and first in self.of and len(args) == 1:
+            label = self.of[first]
+            made = forward_move(node, label.tags)
+            if made is not None:
+                self.passes[node] = [first]
+                return self._moved(node, label, *made)
+        return self._scattered(node, args)
+
+    def _moved(self, node: Node, label: Label, target: Any, args: tuple[Any, ...], tags: str) -> Label:
+        shape = shape_of(node) or ()
+        whole = shape_of(node.args[0].args[0] if node.target is operator.getitem else node.args[0]) or ()  # type: ignore[union-attr]
+        rows = row_sizes(label.tags, whole)
+        if target is aten.slice.Tensor and all(map(same_size, shape, whole)):
+            return label  # of everything
+        space, after = label.space.find(), row_sizes(tags, shape)
+        if label.parts is not None:
+            for move in space.moves:
+                if label.parts == (move.after.find(),) and move.reorders and move.same_as(target, args, rows):
+                    return Label(tags, move.after.find())
+            raise Crossing("a gradient of selected rows is selected again")
+        back = self._inverse(space, target, args, after)
+        if back is not None:
+            return Label(tags, back.before.find(), (space,))
+        for move in space.moves:
+            if move.same_as(target, args, rows):
+                return Label(tags, move.after.find())
+        move = Move(space, Space(product(after)), target, args, rows, after, node)
+        space.moves.append(move)
+        move.after.found_from.append(move)
+        return Label(tags, move.after)
+
+    def _inverse(self, space: Space, target: Any, args: tuple[Any, ...], rows: tuple[Any, ...]) -> Move | None:
+        """An order of rows that is taken back: the adjoint of the move that made it."""
+        for move in space.found_from:
+            if move.target is not target or not all(map(same_size, move.rows, rows)) or len(rows) != len(move.rows):
+                continue
+            if target is aten.flip.default and move.args == args:
+                return move
+            if target is aten.permute.default and [move.args[0][i] for i in args[0]] == sorted(args[0]):
+                return move
+        return None
+
+    def _scattered(self, node: Node, args: list[Node]) -> Label | None:
+        if node.target is aten.cat.default:
+            return self._cat(node, args)
+        if node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            base, source = node.args[0], node.args[1]
+        elif node.target in (aten.index_put.default, aten._unsafe_index_put.default):
+            base, source = node.args[0], node.args[2]
+        else:
+            return None
+        whole = node.target is aten.slice_scatter.default and source in self.of
+        if whole and all(map(same_size, shape_of(node) or (), shape_of(source) or ())):  # type: ignore[arg-type]
+            self.passes[node] = [source]  # type: ignore[list-item]
+            return self.of[source]  # type: ignore[index]
+        if args != [source] or not is_zero(base):
+            return None
+        label, shape = self.of[source], shape_of(node) or ()  # type: ignore[index]
+        tags = self._tags_put_back(node, label, shape)
+        if tags is None:
+            return None
+        rows = row_sizes(tags, shape)
+        for move in label.space.find().found_from:
+            made = self._put_back(node, tags, move)
+            if made is not None and move.same_as(*made, rows):
+                self.passes[node] = [source]  # type: ignore[list-item]
+                return Label(tags, move.before.find(), label.parts or (label.space.find(),))
+        if ROW in tags and self._touches_rows(node, tags, label):
+            raise Crossing("rows are put where they did not come from")
+        return None
+
+    def _cat(self, node: Node, args: list[Node]) -> Label | None:
+        """Gradients of rows that were split, put side by side: each where its rows came from."""
+        pieces: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+        shape = shape_of(node) or ()
+        dim = at(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0), len(shape))
+        kinds = {self.of[p].tags[dim] for p in args}
+        rest = {self.of[p].tags[:dim] + self.of[p].tags[dim + 1 :] for p in args}
+        if len(rest) != 1 or not kinds <= {ROW, ONE} or not all(p in self.of or is_zero(p) for p in pieces):
+            return None
+        tags = self.of[args[0]].tags
+        tags = tags[:dim] + ROW + tags[dim + 1 :]
+        first, start, parts = None, 0, []
+        for piece in pieces:
+            length = (shape_of(piece) or ())[dim]
+            if piece in self.of:
+                label, nth, rows = self.of[piece], nth_row(tags, dim), row_sizes(tags, shape)
+                cut = ((aten.slice.Tensor, (nth, start, start + length, 1)), (aten.select.int, (nth, start)))
+                inner = product(rows[1:])
+                flat = (start * inner, (start + length) * inner) if nth == 0 else None
+                moves = (
+                    m
+                    for m in label.space.find().found_from
+                    if m.same_as(*cut[label.tags[dim] == ONE], rows)
+                    or (flat is not None and flat == m.range() and same_size(m.before.find().count, product(rows)))
+                )
+                move = next((m for m in moves if first is None or m.before.find() is first), None)
+                if move is None:
+                    return None
+                first = move.before.find()
+                parts += label.parts or (label.space.find(),)
+            start = start + length
+        self.passes[node] = args
+        return Label(tags, first, tuple(dict.fromkeys(parts)))  # type: ignore[arg-type]
+
+    def _tags_put_back(self, node: Node, label: Label, shape: tuple[Any, ...]) -> str | None:
+        """Tags of the tensor into which rows are put, if it is rows that are put there."""
+        if node.target is aten.slice_scatter.default:
+            dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+            return label.tags if label.tags[dim % len(shape)] == ROW else None  # type: ignore[operator]
+        if node.target is aten.select_scatter.default:
+            dim = node.args[2] % len(shape)  # type: ignore[operator]
+            tags = label.tags[:dim] + ROW + label.tags[dim:]
+            # a class that is selected leaves [rows, ...] too: a move that fits decides
+            fits = any(m.target is aten.select.int for m in label.space.find().found_from)
+            return tags if fits and (ROW in label.tags or not label.tags) else None
+        for move in label.space.find().found_from:
+            if move.target in (aten.index.Tensor, aten.index_select.default):
+                behind = label.tags.lstrip(ROW + ONE) if ROW in label.tags else label.tags
+                ahead = len(shape) - len(behind)
+                if ahead == len(move.rows):
+                    return ROW * ahead + behind
+        return None
+
+    def _put_back(self, node: Node, tags: str, move: Move) -> tuple[Any, tuple[Any, ...]] | None:
+        if node.target in (aten.index_put.default, aten._unsafe_index_put.default):
+            indices = list(node.args[1])  # type: ignore[arg-type]
+            given = [(d, i) for d, i in enumerate(indices) if i is not None]
+            adds = bool(node.args[3]) if len(node.args) > 3 else bool(node.kwargs.get("accumulate", False))
+            tensors = tuple(i for _, i in given)
+            mask = all(i.meta["val"].dtype == torch.bool for i in tensors)
+            if not adds and not mask:
+                return None
+            if move.target is aten.index_select.default and len(given) == 1:
+                return aten.index_select.default, (given[0][0], tensors[0])
+            return aten.index.Tensor, (given[0][0], move.args[1], tensors)
+        return backward_move(node, tags)
+
+    def _touches_rows(self, node: Node, tags: str, label: Label) -> bool:
+        return node.target is aten.slice_scatter.default
+
+
+_LINEAR = {
+    aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.clone.default, aten.alias.default, aten.detach.default,
+    torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.sum.dim_IntList, aten.mean.dim, aten.slice.Tensor,
+    aten.select.int,
+}  # fmt: skip
+
+
+def keeps_zeros(node: Node, arg: Node) -> bool:
+    """Is a row of the result zero where that of `arg` is, and linear in it?"""
+    if node.target in _LINEAR:
+        return True
+    if node.target in (aten.div.Tensor, aten.div.Scalar):
+        return node.args[0] is arg
+    if node.target is aten.where.self:
+        return all(a is arg or is_zero(a) for a in node.args[1:])
+    if node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+        return node.args[1] is arg and is_zero(node.args[0])
+    if node.target is aten.index_put.default:
+        return node.args[2] is arg and is_zero(node.args[0])
+    return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
+
+
+def ancestors(space: Space) -> list[Space]:
+    found, todo = [], [space.find()]
+    while todo:
+        for move in todo.pop().found_from:
+            before = move.before.find()
+            if before not in found:
+                found.append(before)
+                todo.append(before)
+    return found
+
+
+def is_zero(node: Any) -> bool:
+    """A tensor of zeros, or the number."""
+    if not isinstance(node, Node):
+        return bool(node == 0)
+    if node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
+        return bool(node.args[-1] == 0)
+    if node.target in (aten.zeros.default, aten.zeros_like.default):
+        return True
+    same = (aten.expand.default, aten.view.default, aten.alias.default, aten.clone.default)
+    return node.target in same and is_zero(node.args[0])
+
+
+def dependents(graph: Graph, roots: set[Node]) -> set[Node]:
+    """Nodes whose values depend on these; a size says nothing about the values of what it is the size of."""
+    found = set(roots)
+    for node in graph.nodes:
+        if not isinstance(node.meta.get("val"), (int, torch.SymInt)) and any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found

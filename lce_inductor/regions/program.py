@@ -1,0 +1,187 @@
+"""A region's program: what is done with the logits of some rows, as data.
+
+It travels as text in an op's schema, so that every cache knows it, and is parsed into a fixed list of ATen ops: nothing
+in it is ever evaluated as code. All rows are one dimension, the first, of a size that is not known before a chunk
+is; sizes that the graph knows by a symbol come as numbers beside the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .facts import RULES
+
+_LONGEST = 1 << 20
+_OTHERS = ("getitem",)
+KINDS = ("logits", "rows", "whole")
+RESULTS = ("row", "sum", "dx", "dw")
+
+
+class Ref(NamedTuple):
+    """A value of the program: an input, then the steps, in order."""
+
+    index: int
+
+
+class Rows(NamedTuple):
+    """The number of rows of a chunk."""
+
+
+class Sym(NamedTuple):
+    """A size that comes beside the text, by its place there."""
+
+    index: int
+
+
+class Step(NamedTuple):
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What becomes of a value [n, ...] over all chunks.
+
+    kind: "row" [N, *sizes], side by side; "sum" [*sizes], added up over rows; "dx" value @ matrices[other] [N, H], side
+    by side; "dw" value^T @ rows[other] [V, H], added up. sizes: behind the rows; of a "sum", all.
+    """
+
+    kind: str
+    value: Ref
+    dtype: torch.dtype
+    sizes: tuple[Any, ...]
+    other: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    inputs: tuple[str, ...]  # kinds, the k-th of a kind is the k-th tensor of that list
+    steps: tuple[Step, ...]
+    results: tuple[Result, ...]
+
+    def text(self) -> str:
+        data = [
+            list(self.inputs),
+            [[s.op, _out(s.args), {k: _out(v) for k, v in s.kwargs.items()}] for s in self.steps],
+            [[r.kind, r.value.index, _dtype_name(r.dtype), _out(r.sizes), r.other] for r in self.results],
+        ]
+        return json.dumps(data, separators=(",", ":"))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _out(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return {"v": value.index}
+    if isinstance(value, Rows):
+        return {"n": 0}
+    if isinstance(value, Sym):
+        return {"s": value.index}
+    if isinstance(value, (list, tuple)):
+        return [_out(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"d": _dtype_name(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"f": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"a program can't hold {value!r}")
+
+
+def _in(value: Any, known: int) -> Any:
+    if isinstance(value, list):
+        return [_in(v, known) for v in value]
+    if not isinstance(value, dict):
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"unknown value {value!r}")
+    if len(value) != 1:
+        raise ValueError(f"unknown value {value!r}")
+    ((kind, what),) = value.items()
+    if kind == "v" and isinstance(what, int) and 0 <= what < known:
+        return Ref(what)
+    if kind == "n":
+        return Rows()
+    if kind == "s" and isinstance(what, int) and what >= 0:
+        return Sym(what)
+    if kind == "d":
+        return _dtype(what)
+    if kind == "f" and what in ("inf", "-inf", "nan"):
+        return float(what)
+    raise ValueError(f"unknown value {value!r}")
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return found
+
+
+def name_of(target: Any) -> str:
+    """The name of an op in a program. Raises ValueError for one that no program may hold."""
+    if not isinstance(target, torch._ops.OpOverload):
+        raise ValueError(f"a program can't call {target}")
+    name = str(target)
+    if _resolve(name) is not target:
+        raise ValueError(f"a program can't call {target}")
+    return name
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolve(name: str) -> Any:
+    """The op of that name, if it is one of those that programs may hold."""
+    namespace, *rest = name.split(".")
+    if namespace not in ("aten", "prims") or len(rest) != 2 or not all(part.isidentifier() for part in rest):
+        raise ValueError(f"unknown op {name!r}")
+    packet = getattr(getattr(torch.ops, namespace), rest[0], None)
+    op = getattr(packet, rest[1], None) if packet is not None else None
+    if not isinstance(op, torch._ops.OpOverload):
+        raise ValueError(f"unknown op {name!r}")
+    pure = not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
+    if not pure or not (op in RULES or torch.Tag.pointwise in op.tags):
+        raise ValueError(f"op {name!r} is none that a program may hold")
+    return op
+
+
+def resolve(name: str) -> Any:
+    import operator
+
+    return operator.getitem if name in _OTHERS else _resolve(name)
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> Program:
+    """The program of a text.
+
+    Raises:
+        ValueError: too long, malformed, or an op that no program may hold.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError(f"a program of {len(text)} characters: at most {_LONGEST} are allowed")
+    try:
+        inputs, steps, results = json.loads(text)
+        if not all(kind in KINDS for kind in inputs):
+            raise ValueError(f"unknown kind of input in {inputs!r}")
+        made = []
+        for i, (op, args, kwargs) in enumerate(steps):
+            known = len(inputs) + i
+            resolve(op)
+            made.append(Step(op, tuple(_in(args, known)), {str(k): _in(v, known) for k, v in kwargs.items()}))
+        known = len(inputs) + len(steps)
+        out = []
+        for kind, value, dtype, sizes, other in results:
+            if kind not in RESULTS or not isinstance(other, int) or not (isinstance(value, int) and 0 <= value < known):
+                raise ValueError(f"unknown result {kind!r} {value!r}")
+            out.append(Result(kind, Ref(value), _dtype(dtype), tuple(_in(sizes, 0)), other))
+    except (TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"malformed program: {error}") from None
+    return Program(tuple(inputs), tuple(made), tuple(out))

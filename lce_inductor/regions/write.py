@@ -1,0 +1,256 @@
+"""Region -> graph: the only module of this stage that changes a graph.
+
+    z = mm(x, w); ...; loss_rows = sub(...)          out = row_region([x], [w], ..., program)
+    dz = ...; dx = mm(dz, w.t()); dw = mm(dz.t(), x)  loss_rows, dx1, dw1 = out[0], out[1], out[2]
+                                                     dx, dw = dx1 * tangent, dw1 * tangent
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..config import Config
+from ..graph.write import Writer
+from .emit import Emitter
+from .facts import Crossing, bound
+from .labels import Labels
+from .region import Part, Region
+from .spaces import Move, Space, adjoint, apply
+from .tags import LOCAL, ONE, ROW, local_sizes, product, shape_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+def write(graph: Graph, labels: Labels, region: Region, config: Config) -> list[Node]:
+    """Replace a region's nodes. Returns the nodes of the ops that now compute them."""
+    behind = behind_heads(graph, labels)
+    writer = Writer(graph, before_writes(graph), region.heads[0], behind)
+    made, values = [], {}
+    copies = Copies(writer, labels, region, behind)
+    for parts, phase in ((region.forward, "forward"), (region.backward, "backward")):
+        for space, part in parts.items():
+            op = _call(writer, labels, part, space, config, copies, values, phase == "forward")
+            made.append(op)
+            for i, (node, kind) in enumerate(part.nodes):
+                result = writer.call(operator.getitem, op, i)
+                value = _value(writer, labels, part, space, node, kind, result)
+                if copies.tangent is not None and node in labels.on_tangent:
+                    value = _scaled(writer, value, copies.tangent, node)
+                values[node] = value if node not in values else writer.call(aten.add.Tensor, values[node], value)
+        done = {n for part in parts.values() for n, _ in part.nodes}
+        for node in done:
+            _replace(node, values[node])
+            for other in values:  # what reads a replaced node reads its replacement from now on
+                if values[other] is node:
+                    values[other] = values[node]
+    for node in list(graph.nodes):  # sizes read off what is not there any more
+        if node.target is aten.sym_size.int and node.args[0] in labels.of and labels.wide(node.args[0]) and node.users:
+            node.replace_all_uses_with(Writer.size(writer, node.meta["val"].node.expr))
+    return made
+
+
+def behind_heads(graph: Graph, labels: Labels) -> set[Node]:
+    """Nodes that can't be there before the heads are: a size that is read off such a node counts, too."""
+    found = set(labels.sources)
+    for node in graph.nodes:
+        if any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def before_writes(graph: Graph) -> Node:
+    """Where new nodes may stand: before what changes inputs in place, which AOTAutograd puts at the end."""
+    for node in graph.nodes:
+        target = node.target
+        if node.op == "output" or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+            return node
+    raise AssertionError("a graph without an output")
+
+
+def _replace(node: Node, value: Node) -> None:
+    value.meta |= {k: v for k, v in node.meta.items() if k not in ("val", "recompute", "ac_graph_id")}
+    node.replace_all_uses_with(value)
+
+
+def _call(
+    writer: Writer, labels: Labels, part: Part, space: Space, config: Config, copies: Copies, values: dict[Node, Node],
+    forward: bool,
+) -> Node:
+    emitter = part.emitter
+
+    def now(node: Node) -> Node:
+        """What stands for a node where this op reads it. The backward's op may read what the forward's one gave."""
+        return values[node] if node in values else copies(node) if forward else node
+
+    program = emitter.program().text()
+    xs, weights, biases = [], [], []
+    for node, home in emitter.given["logits"]:
+        x, weight, bias = operands(node)
+        moved = _moved(writer, _two(writer, now(x)), labels.of[node].space, space, list((shape_of(x) or ())[-1:]))
+        xs.append(moved)
+        weights.append(_two(writer, now(weight)))
+        biases.append(bias if bias is None else now(bias))
+    rows = [_rows(writer, what, space, now) for what in emitter.given["rows"]]
+    whole = [now(what[0]) for what in emitter.given["whole"]]
+    matrices = [_two(writer, now(m)) for m in emitter.matrices]
+    return writer.call(
+        torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights, [b for b in biases if b is not None],
+        [b is not None for b in biases], rows, whole, matrices, list(emitter.sizes), program,
+        config.chunk_tokens or 0, config.workspace_bytes,
+    )  # fmt: skip
+
+
+def operands(node: Node) -> tuple[Node, Node, Node | None]:
+    """x [N, H], weight [H, V] and bias [V] of a product that makes logits."""
+    a = bound(node)
+    names = list(a)
+    if node.target in (aten.mm.default, aten.bmm.default):
+        return a[names[0]], a[names[1]], None
+    if any(a.get(k, 1) != 1 for k in ("beta", "alpha")):
+        raise Crossing("a scaled product", "escape")
+    return a[names[1]], a[names[2]], a["self"]
+
+
+def _two(writer: Writer, node: Node) -> Node:
+    """A matrix, without a batch of one."""
+    return writer.call(aten.squeeze.dim, node, 0) if len(shape_of(node) or ()) == 3 else node
+
+
+def _rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) -> Node:
+    node, tags, home, expanded = what
+    value = now(node)
+    shape = shape_of(node) or ()
+    if expanded is not None:
+        value = writer.call(aten.expand.default, value, list(expanded))
+        shape = expanded
+    order = [d for d, t in enumerate(tags) if t == ROW] + [d for d, t in enumerate(tags) if t != ROW]
+    if order != sorted(order):
+        value = writer.call(aten.permute.default, value, order)
+    locals_ = local_sizes(tags, shape)
+    value = writer.call(aten.reshape.default, value, [home.find().count, *locals_])
+    return _moved(writer, value, home, space, locals_)
+
+
+def _moved(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
+    for move in path(home, space):
+        value = apply(move, writer.call, value, locals_)
+    return value
+
+
+def path(home: Space, space: Space) -> list[Move]:
+    """Moves from one set of rows to another."""
+    start, goal = home.find(), space.find()
+    todo: list[tuple[Space, list[Move]]] = [(start, [])]
+    seen = {start}
+    while todo:
+        here, way = todo.pop(0)
+        if here is goal:
+            return way
+        for move in here.moves:
+            after = move.after.find()
+            if after not in seen:
+                seen.add(after)
+                todo.append((after, [*way, move]))
+    raise Crossing("rows that do not follow from each other")
+
+
+def _back(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
+    for move in reversed(path(home, space)):
+        value = adjoint(move, writer.call, value, locals_)
+    return value
+
+
+def _value(writer: Writer, labels: Labels, part: Part, space: Space, node: Node, kind: str, result: Node) -> Node:
+    """What stands for a node, of an op's result."""
+    shape = list(shape_of(node) or ())
+    if kind == "row":
+        label = labels.of[node]
+        locals_ = local_sizes(label.tags, tuple(shape))
+        result = _back(writer, result, label.space, space, locals_)
+        order = [d for d, t in enumerate(label.tags) if t == ROW] + [d for d, t in enumerate(label.tags) if t != ROW]
+        result = writer.call(aten.reshape.default, result, [shape[d] for d in order])
+        if order != sorted(order):
+            result = writer.call(aten.permute.default, result, [order.index(d) for d in range(len(order))])
+        return result
+    if kind == "total":
+        wide = next(a for a in node.all_input_nodes if a in labels.of)
+        total = writer.call(aten.sum.default, result, dtype=node.meta["val"].dtype)
+        if node.target is aten.mean.default:
+            total = writer.call(aten.div.Tensor, total, _count(writer, shape_of(wide) or ()))
+        return writer.call(aten.reshape.default, total, shape) if shape else total
+    if kind == "sum":
+        return writer.call(aten.reshape.default, result, shape)
+    wide = next(a for a in node.args if a in labels.of)  # type: ignore[assignment]
+    turned = node.args[0] is not wide
+    if kind == "dx":
+        result = _back(writer, result, labels.of[wide].space, space, [shape[-1 if not turned else -2]])
+    if turned:
+        result = writer.call(aten.permute.default, result, [1, 0])
+    return writer.call(aten.reshape.default, result, shape) if len(shape) == 3 else result
+
+
+def _count(writer: Writer, shape: Any) -> Any:
+    size = writer.size(product(shape)) if not isinstance(product(shape), int) else product(shape)
+    return size
+
+
+def _scaled(writer: Writer, value: Node, tangent: Node, node: Node) -> Node:
+    """A gradient times the real tangent, in fp32 or wider."""
+    wanted = node.meta["val"].dtype
+    if value.meta["val"].dtype in (torch.float16, torch.bfloat16):
+        value = writer.call(prims.convert_element_type.default, value, torch.float32)
+    value = writer.call(aten.mul.Tensor, value, tangent)
+    if value.meta["val"].dtype != wanted:
+        value = writer.call(prims.convert_element_type.default, value, wanted)
+    return value
+
+
+class Copies:
+    """Copies of what an op reads, where that depends on the tangent (which is one in the copy, for a merged region), or
+    reads a size off something that is not there yet. Other uses stay as they are."""
+
+    def __init__(self, writer: Writer, labels: Labels, region: Region, behind: set[Node]) -> None:
+        self.writer, self.labels, self.behind = writer, labels, behind
+        self.tangent: Node | None = None
+        self.of: dict[Node, Any] = {}
+        self.merged = region.merged
+        if region.tangent is not None:
+            (root,) = region.tangent.roots
+            value = root.meta["val"]
+            self.tangent = root if value.dim() == 0 else writer.call(aten.reshape.default, root, [])
+            self.of[root] = writer.call(
+                aten.full.default, list(value.shape), 1, dtype=value.dtype, device=value.device
+            )
+
+    def _stays(self, node: Node) -> bool:
+        return node not in self.behind and not (self.merged and node in self.labels.on_tangent)
+
+    def __call__(self, node: Node) -> Any:
+        todo = [node]
+        while todo:
+            now = todo[-1]
+            if now in self.of or self._stays(now):
+                todo.pop()
+                continue
+            value = now.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                self.of[now] = self.writer.size(value.node.expr)
+                todo.pop()
+                continue
+            missing = [a for a in now.all_input_nodes if a not in self.of and not self._stays(a)]
+            if missing:
+                todo += missing
+                continue
+            args, kwargs = torch.fx.map_arg((now.args, now.kwargs), lambda n: self.of.get(n, n))
+            self.of[now] = self.writer.call(now.target, *args, **kwargs)
+            todo.pop()
+        return self.of.get(node, node)
+
+
+__all__ = ["LOCAL", "ONE", "Emitter", "operands", "write"]
