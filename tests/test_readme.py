@@ -1,4 +1,4 @@
-"""The README and docs/ do what they say: their Python runs, their commands exist, their numbers add up."""
+"""The README and docs/ do what they say: their Python runs, commands and links exist, numbers add up."""
 
 from __future__ import annotations
 
@@ -29,6 +29,39 @@ PAGES = "\n".join([README, *DOCS.values()])
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES, re.DOTALL)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """Without code: what looks like a link there is none."""
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE):
+        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return {f"{slug}-{n}" if (n := found[:i].count(slug)) else slug for i, slug in enumerate(found)}
+
+
+def links(text: str) -> list[str]:
+    """Links and pictures, to other sites apart."""
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in links(page.read_text()):
+        name, _, anchor = link.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(link)
+    return broken
 
 
 COMMANDS = [
@@ -126,3 +159,37 @@ def test_what_is_little_saved() -> None:
     assert text in REASONS["little-saved"].explanation
     assert DOCS["reasons.md"].count(text) == DOCS["limits.md"].count(text) == 1
     assert set(re.findall(r"save less than \d+ MiB", PAGES)) == {text}
+
+
+def test_readme_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_results_in_readme_are_those_measured() -> None:
+    """Figures that are told twice are the same figures."""
+    results = README.split("## Results")[1].split("\n## ")[0]
+    figures = re.findall(r"\d+(?:[.,]\d+)*", prose(results))
+    measured = set(re.findall(r"\d+(?:[.,]\d+)*", DOCS["measured.md"]))
+    assert len(figures) > 40 and set(figures) <= measured, set(figures) - measured
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_links(page: str) -> None:
+    assert broken_links(ROOT / page) == []
+
+
+def test_every_page_and_picture_is_linked() -> None:
+    assert {f"docs/{name}" for name in DOCS} <= set(links(README))
+    shown = {link.rpartition("/")[2] for link in links(PAGES)}
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} <= shown
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# One: `code`, two\n\n## Twice\n\n## Twice\n\n```bash\n# no heading\n```\n")
+    good = ["there.md", "there.md#one-code-two", "there.md#twice", "there.md#twice-1", "#here"]
+    bad = ["gone.md", "gone.png", "there.md#twice-2", "there.md#no-heading", "#nowhere"]
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n\n`[code](gone.md)` [site](https://example.org/gone.md)\n\n```\n[block](gone.md)\n```\n\n")
+    with page.open("a") as file:
+        file.writelines(f"![text]({link})\n" for link in [*good, *bad])
+    assert broken_links(page) == bad
