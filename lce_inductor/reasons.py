@@ -1,4 +1,4 @@
-"""Every reason for leaving a head alone: code, explanation, hint. The README lists the same rows."""
+"""Every reason for leaving a head alone: code, explanation, hint. docs/reasons.md lists the same codes."""
 
 from __future__ import annotations
 

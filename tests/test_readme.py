@@ -1,4 +1,4 @@
-"""The README does what it says: its Python runs, its commands exist, its numbers add up."""
+"""The README and docs/ do what they say: their Python runs, commands and links exist, numbers add up."""
 
 from __future__ import annotations
 
@@ -23,10 +23,45 @@ from lce_inductor.reasons import REASONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = "\n".join([README, *DOCS.values()])
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", PAGES, re.DOTALL)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """Without code: what looks like a link there is none."""
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE):
+        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return {f"{slug}-{n}" if (n := found[:i].count(slug)) else slug for i, slug in enumerate(found)}
+
+
+def links(text: str) -> list[str]:
+    """Links and pictures, to other sites apart."""
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in links(page.read_text()):
+        name, _, anchor = link.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(link)
+    return broken
 
 
 COMMANDS = [
@@ -65,23 +100,23 @@ def test_every_command_is_known() -> None:
 
 
 def test_files_and_extras_of_the_commands_exist() -> None:
-    named = re.findall(r"\b((?:examples|tests|lce_inductor)/[\w/]+\.py|tests/corpus)\b", README)
+    named = re.findall(r"\b((?:examples|tests|lce_inductor)/[\w/]+\.py|tests/corpus)\b", PAGES)
     assert named and all((ROOT / name).exists() for name in named)
-    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", DOCS["measured.md"], re.MULTILINE))
     helpers = {"compare.py", "data.py", "gpt.py", "options.py", "step_memory.py", "summary.py"}
     assert listed == {p.name for p in (ROOT / "examples").glob("*.py")} - helpers
-    extras = set(re.findall(r'"\.\[([\w,]+)\]"', README))
+    extras = set(re.findall(r'"\.\[([\w,]+)\]"', PAGES))
     project = (ROOT / "pyproject.toml").read_text()
     assert all(f"\n{extra} = [" in project for names in extras for extra in names.split(","))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lce_inductor.bench" in c])
 def test_benchmark_takes_these_flags(command: str) -> None:
-    """test_bench.py and test_bench_models.py run them; this is about what the README says."""
+    """test_bench.py and test_bench_models.py run them; this is about what the pages say."""
     module, *flags = shlex.split(command)[2:]
     parser = {"lce_inductor.bench": _parser, "lce_inductor.bench.models": models_parser}[module]()
     assert parser.parse_args(flags) is not None
-    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+    for flag in set(re.findall(r"`(--[a-z-]+)", PAGES)):
         assert flag in _parser().format_help(), flag
 
 
@@ -108,16 +143,53 @@ def test_settings_table_has_every_field() -> None:
 
 
 def test_memory_worked_out() -> None:
+    memory = DOCS["memory.md"]
     N, H, V = 81920, 4096, 128256
     p = plan(N, H, V, 2, 0, Config().workspace_bytes)
-    assert f"{N:,} × {V:,} × 2 bytes = {N * V * 2 / 2**30:.2f} GiB" in README
-    assert f"{p.rows:,} rows of {V:,} logits, {p.rows * p.row_stride * 2 / 2**30:.2f} GiB" in README.replace("\n", " ")
-    assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in README
-    assert f"dX ({N * H * 2 / 2**30:.2f} GiB)" in README.replace("\n", " ")
+    assert f"{N:,} × {V:,} × 2 bytes = {N * V * 2 / 2**30:.2f} GiB" in memory
+    assert f"{p.rows:,} rows of {V:,} logits, {p.rows * p.row_stride * 2 / 2**30:.2f} GiB" in memory.replace("\n", " ")
+    assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in memory
+    assert f"dX ({N * H * 2 / 2**30:.2f} GiB)" in memory.replace("\n", " ")
     assert peak_bytes(p, N, H, V, 2, dx=True, dw=True) / 2**30 < 3.7
 
 
 def test_what_is_little_saved() -> None:
-    """The same limit in the chunk plan, in the reason that users see, and here."""
+    """The same limit in the chunk plan, in the reason that users see, and in the pages."""
     text = f"save less than {POLICIES['cuda'].least_saving >> 20} MiB"
-    assert text in REASONS["little-saved"].explanation and README.count(text) == 2
+    assert text in REASONS["little-saved"].explanation
+    assert DOCS["reasons.md"].count(text) == DOCS["limits.md"].count(text) == 1
+    assert set(re.findall(r"save less than \d+ MiB", PAGES)) == {text}
+
+
+def test_readme_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_results_in_readme_are_those_measured() -> None:
+    """Figures that are told twice are the same figures."""
+    results = README.split("## Results")[1].split("\n## ")[0]
+    figures = re.findall(r"\d+(?:[.,]\d+)*", prose(results))
+    measured = set(re.findall(r"\d+(?:[.,]\d+)*", DOCS["measured.md"]))
+    assert len(figures) > 40 and set(figures) <= measured, set(figures) - measured
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_links(page: str) -> None:
+    assert broken_links(ROOT / page) == []
+
+
+def test_every_page_and_picture_is_linked() -> None:
+    assert {f"docs/{name}" for name in DOCS} <= set(links(README))
+    shown = {link.rpartition("/")[2] for link in links(PAGES)}
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} <= shown
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# One: `code`, two\n\n## Twice\n\n## Twice\n\n```bash\n# no heading\n```\n")
+    good = ["there.md", "there.md#one-code-two", "there.md#twice", "there.md#twice-1", "#here"]
+    bad = ["gone.md", "gone.png", "there.md#twice-2", "there.md#no-heading", "#nowhere"]
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n\n`[code](gone.md)` [site](https://example.org/gone.md)\n\n```\n[block](gone.md)\n```\n\n")
+    with page.open("a") as file:
+        file.writelines(f"![text]({link})\n" for link in [*good, *bad])
+    assert broken_links(page) == bad
