@@ -57,8 +57,9 @@ class Problem(NamedTuple):
 class Labels:
     """The result of the walk over one joint graph."""
 
-    def __init__(self, graph: Graph, tangents: set[Node]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, tangents: set[Node], deferred: frozenset[Node] = frozenset()) -> None:
+        """deferred: outputs of the graph that will not be computed, and so do not hold the logits."""
+        self.graph, self.deferred = graph, deferred
         self.on_tangent = dependents(graph, tangents)
         self.of: dict[Node, Label] = {}
         self.beyond: set[Node] = set()
@@ -168,7 +169,7 @@ class Labels:
 
     def _output(self, node: Node) -> None:
         for arg in node.all_input_nodes:
-            if arg not in self.of:
+            if arg not in self.of or arg in self.deferred:
                 continue
             if self.wide(arg):
                 self._problem(self.of[arg].space, "returned", arg, "the logits, or values for each class, are returned")

@@ -50,10 +50,13 @@ class Found:
     problems: dict[Node, Problem]
 
 
-def find(graph: Graph) -> Found:
-    """Regions of a joint graph, or of one of inference. Pure: nothing is changed."""
+def find(graph: Graph, deferred: frozenset[Node] = frozenset()) -> Found:
+    """Regions of a joint graph, or of one of inference. Pure: nothing is changed.
+
+    deferred: nodes among the graph's outputs that stand for logits which will not be computed.
+    """
     tangents = tangents_of(graph)
-    labels = Labels(graph, tangents)
+    labels = Labels(graph, tangents, deferred)
     labels.run(candidates(graph, labels.on_tangent))
     regions, problems = [], dict(labels.problems)
     for heads, spaces in components(labels):
