@@ -28,6 +28,31 @@ _ROWS = (
         "keep the logits out of that operation, or compute it from the loss's own inputs",
     ),
     Reason(
+        "crossing",
+        "several rows of logits are read at once: a softmax over tokens, statistics of a batch, rows put in another order",
+        "none: such a loss needs all logits at the same time",
+    ),
+    Reason(
+        "product",
+        "a matrix product of the forward reads the logits",
+        "none: what comes out of it is another layer's input",
+    ),
+    Reason(
+        "random",
+        "random numbers of the size of the logits are drawn (dropout, Gumbel noise)",
+        "draw them before the head, or leave dropout out of the logits",
+    ),
+    Reason(
+        "returned",
+        "the logits, or a value for each class, are returned, so they have to exist",
+        "return them only where they are needed; returned_logits='defer' returns logits that are computed when read",
+    ),
+    Reason(
+        "rows-differ",
+        "the labels may have another number of rows than the logits",
+        "give logits and labels the same first dimensions",
+    ),
+    Reason(
         "mutated",
         "the logits, or an alias of them, are changed in place",
         "write the change out of place (z = z / t instead of z.div_(t))",

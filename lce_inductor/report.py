@@ -145,153 +145,45 @@ def attach(name: str, data: Any) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: data)
 
 
-def records_of(graph: Any, plans: list[Any], config: Any) -> list[HeadRecord]:
-    """Records of a graph after recognition: heads worth telling about (rewritten, or refused with a loss or many
-    classes), and losses whose logits no linear of the graph computes."""
-    from .graph.values import info, source
+def records_of(heads: list[Any], config: Any) -> list[HeadRecord]:
+    """Records of the heads of a graph that are worth telling about: rewritten, or refused where a loss reads them or
+    they are returned as logits are."""
+    from .graph.values import source
 
-    read_by, homeless = _losses_left(graph, plans)
     found = []
-    for plan in plans:
-        head, refusal = plan.head, plan.refusal
-        known = info(head.node)
-        losses = tuple(dict.fromkeys(map(source, (*(t.node for t in plan.terminals), *read_by.get(id(plan), ())))))
-        if known is None:
-            if refusal is not None:
-                found.append(_bare(head, refusal))
+    for head in heads:
+        losses = tuple(dict.fromkeys(filter(None, map(source, head.losses))))
+        refusal = head.refusal
+        if refusal is not None and not head.losses and not _looks_like_logits(head):
             continue
-        if refusal is not None and not losses and not _wide(plan):
-            continue
+        value = head.node.meta["val"]
+        chunks = head.chunks(config)
         found.append(
             HeadRecord(
                 source=source(head.node),
-                tokens="*".join(map(str, known.shape[:-1])),
-                classes=str(head.num_classes),
-                logits_bytes=plan.logits_bytes,
+                tokens="*".join(map(str, value.shape[:-1])),
+                classes=str(value.shape[-1]),
+                logits_bytes=head.logits_bytes,
                 code=None if refusal is None else refusal.reason.code,
                 explanation="" if refusal is None else refusal.reason.explanation,
                 hint="" if refusal is None else refusal.reason.hint,
                 stop="" if refusal is None else _stop(refusal),
-                replaced=tuple(plan.replaced_nodes),
-                inserted=tuple(n.format_node() or n.name for n in plan.new_nodes),
-                plan=_chunks(head, config),
+                replaced=tuple(head.replaced) if refusal is None else (),
+                inserted=tuple(head.inserted),
+                plan=f"{chunks.count} chunks of {chunks.rows} tokens",
                 losses=losses,
-                trains=known.requires_grad,
+                trains=head.trains,
             )
         )
-    return found + [_homeless(node, logits) for node, logits in homeless]
+    return found
 
 
-def _chunks(head: Any, config: Any) -> str:
-    """The chunk plan in words."""
-    from .recognize.walk import chunks_of
-
-    chunks = chunks_of(head, config)
-    return f"{chunks.count} chunks of {chunks.rows} tokens"
-
-
-def _bare(head: Any, refusal: Any) -> HeadRecord:
-    """The record of a head of which not even the shape is known."""
-    from .graph.values import source
-
-    r = refusal.reason
-    return HeadRecord(source(head.node), "?", "?", 0, r.code, r.explanation, r.hint, _stop(refusal), (), (), "")
-
-
-def _wide(plan: Any) -> bool:
-    """A linear without a loss is news only if its output could be logits: wide, and not a layer of the body.
-
-    The layers of a transformer's body widen at most about eightfold, and what they give is not returned.
-    """
-    from .graph.values import info, size_hint
-
-    x = info(plan.head.x)
-    hidden = size_hint(x.shape[-1]) if x is not None else 0
-    classes = size_hint(plan.head.num_classes)
-    return bool(classes >= 32000 or classes > (5 if plan.returned else 8) * hidden)
-
-
-def _losses_left(graph: Any, plans: list[Any]) -> tuple[dict[int, list[Any]], list[tuple[Any, Any]]]:
-    """Losses that are still in the graph: by the id of the plan whose head's logits they read, however changed on
-    the way; and, with their logits, those that read no head's."""
-    from torch.fx import Node
-
-    heads = {plan.head.node: plan for plan in plans}
-    owners: dict[Any, Any] = {}  # of each loss: its plan, None, or the loss that it is a part of
-    read_by: dict[int, list[Any]] = {}
-    homeless = []
-    for node in graph.nodes:
-        logits, classes = _read_as_loss(node)
-        if logits is None:
-            continue
-        owner = owners[node] = _owner(logits, classes, heads, owners)
-        if owner is None:
-            homeless.append((node, logits))
-        elif not isinstance(owner, Node):
-            read_by.setdefault(id(owner), []).append(node)
-    return read_by, homeless
-
-
-def _read_as_loss(node: Any) -> tuple[Any, Any]:
-    """The logits that a node reads as a loss, and their number of classes; (None, None) for any other node."""
-    from .recognize.canon import canonical
-    from .graph.values import info
-
-    call = canonical(node)
-    known = info(call.get("input")) if call is not None and call.name in _LOSSES else None
-    if call is None or known is None or getattr(node.target, "namespace", "") == "lce_inductor":
-        return None, None
-    dim = call.get("dim", -1) if call.name == "log_softmax" else min(1, len(known.shape) - 1)
-    return call.get("input"), known.shape[dim] if isinstance(dim, int) and known.shape else None
-
-
-def _owner(logits: Any, classes: Any, heads: dict[Any, Any], owners: dict[Any, Any]) -> Any:
-    """Backwards from a loss to the nearest product or loss: the plan of that head, the loss, or None."""
-    from .graph.values import same
-
-    todo, visited = [logits], set()
-    while todo:
-        node = todo.pop()
-        if node in visited:
-            continue
-        visited.add(node)
-        if node in owners:
-            return node
-        if node not in heads:
-            todo += node.all_input_nodes
-        elif same(heads[node].head.num_classes, classes):
-            return heads[node]
-    return None
-
-
-def _homeless(node: Any, logits: Any) -> HeadRecord:
-    """The record of a loss over logits that come into the graph, or from something that is no linear."""
-    from .recognize.canon import canonical
-    from .graph.values import info, numel_hint, source
-
-    known = info(logits)
-    assert known is not None
-    origin = logits
-    while (call := canonical(origin)) is not None and call.name in _SAME_LOGITS and call.get("input") is not None:
-        origin = call.get("input")
-    from_outside = origin.op in ("placeholder", "get_attr")
-    row = REASONS["no-head"]
-    return HeadRecord(
-        source=source(node),
-        tokens="*".join(map(str, known.shape[:-1])),
-        classes=str(known.shape[-1]),
-        logits_bytes=numel_hint(known.shape) * known.dtype.itemsize,
-        code=row.code,
-        explanation=row.explanation,
-        hint=row.hint,
-        stop="" if from_outside else f"{source(origin)} (computes them)",
-        replaced=(),
-        inserted=(),
-        plan="",
-        kind="loss",
-        losses=(source(node),),
-        trains=known.requires_grad,
-    )
+def _looks_like_logits(head: Any) -> bool:
+    """Returned, and wide: what a loss outside could read."""
+    if head.refusal.reason.code not in ("returned", "no-loss"):
+        return False
+    _, hidden, classes, _ = head.sizes
+    return bool(classes >= 32000 or classes > 5 * hidden)
 
 
 def _stop(refusal: Any) -> str:

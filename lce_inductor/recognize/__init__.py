@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
-from ..graph.backup import Backup
 from ..config import Config
+from ..graph.backup import Backup
 from ..ops import schema  # noqa: F401  (registers the ops)
 from ..reasons import Refusal, refuse
 from . import rewrite

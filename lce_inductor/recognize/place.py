@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import info
 from ..ops.types import SUM, TARGET
 from ..reasons import Refusal, refuse
 from .forms import Edit, Ref, RowOp, Terminal, Want
-from ..graph.values import info
 from .walk import HeadPlan, Walk
 
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..config import Config
+from ..graph.values import info
 from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET
 from .edits import fold
 from .emit import PROVENANCE, VALUES, Emitter, materialize, replay
@@ -24,7 +25,6 @@ from .place import Group, selecting
 from .rules_elementwise import num_classes
 from .rules_head import ref_info
 from .rules_reduce import item
-from ..graph.values import info
 from .walk import HeadPlan, Walk
 
 _STAT_INDEX = {LSE: 0, TARGET: 1, SUM: 2, NEG_ENTROPY: 3, MAX: 4, ARGMAX: 5}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import info, same
 from ..reasons import refuse
 from .canon import Call, canonical
 from .edits import fold, hides, number
 from .forms import ClassMap, Edit, Head, Offset, OneHot, OneHotProduct, Outcome, Product, Squared, rule
 from .rules_head import DTYPES
-from ..graph.values import info, same
 
 if TYPE_CHECKING:
     from .walk import Walk

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import Info, info, same, same_shape
 from ..reasons import Refusal, refuse
 from .canon import Attr, Call, canonical, tensor_attr
 from .forms import ClassMap, Head, Ref
-from ..graph.values import Info, info, same, same_shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import info
 from ..reasons import Refusal
 from .canon import Call, canonical
 from .edits import fold, hides
 from .forms import RULES, ClassMap, Edit, OneHot
 from .rules_shape import class_range, full_key
-from ..graph.values import info
 
 if TYPE_CHECKING:
     from .walk import Walk

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 from torch.nn import _reduction
 
+from ..graph.values import info
 from ..ops.types import LSE, SUM, TARGET
 from ..reasons import refuse
 from .canon import Attr, Call
@@ -18,7 +19,6 @@ from .emit import Emitter
 from .forms import ClassMap, Outcome, Terminal, Want, rule
 from .rules_head import ref_info
 from .rules_reduce import cancel
-from ..graph.values import info
 
 if TYPE_CHECKING:
     from .walk import Walk

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
+from ..graph.values import Info, info, same_shape
 from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
 from ..reasons import refuse
 from .canon import Call, canonical
 from .emit import Emitter
 from .forms import ClassMap, OneHotProduct, Outcome, Product, Spread, Terminal, Want, rule
-from ..graph.values import Info, info, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk

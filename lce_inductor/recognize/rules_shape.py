@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import Info, info, same, same_shape
 from ..reasons import refuse
 from .canon import Call
 from .edits import fold
@@ -20,7 +21,6 @@ from .forms import CLASSES, ClassMap, Edit, OneHot, OneHotProduct, Outcome, Part
 from .rules_elementwise import num_classes
 from .rules_head import DTYPES
 from .rules_reduce import index_rows
-from ..graph.values import Info, info, same, same_shape
 
 if TYPE_CHECKING:
     from .walk import Walk

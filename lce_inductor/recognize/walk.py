@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..graph.values import device_type, info, numel_hint, size_hint
 from ..ops.chunking import ChunkPlan, saves_little
 from ..ops.chunking import plan as plan_chunks
 from ..ops.types import ARGMAX, NEG_ENTROPY, SUM
@@ -18,7 +19,6 @@ from .effects import Effects
 from .forms import RULES, ClassMap, Form, Head, Parts, Product, Terminal, captured
 from .rules_head import head_of, ref_info
 from .rules_in_place import in_place
-from ..graph.values import device_type, info, numel_hint, size_hint
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..graph.values import size_hint
 from .facts import Crossing, bound, fact, moved_dims, operand_tags
-from .labels import SPLITS, Labels
+from .labels import Labels
 from .program import Program, Ref, Result, Rows, Step, Sym, name_of
 from .spaces import Space
 from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
@@ -112,7 +112,7 @@ class Emitter:
                 needed.add(ref.index)
                 _, args, kwargs = self.steps[-ref.index - 1]
                 todo += _refs((args, tuple(kwargs.values())))
-        kept = sorted((-i - 1 for i in needed))
+        kept = sorted(-i - 1 for i in needed)
         place = {-k - 1: count + i for i, k in enumerate(kept)}
 
         def final(ref: Ref) -> Ref:

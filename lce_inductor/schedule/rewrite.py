@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..chain import takes_lists
-from ..ops.chunking import plan
 from ..graph.values import size_hint
+from ..ops.chunking import plan
 from .tangents import HEAD_ARGS, RowGradients
 
 aten = torch.ops.aten

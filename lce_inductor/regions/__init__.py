@@ -1,0 +1,143 @@
+"""Regions: find linear -> loss heads in a joint graph, by how values depend on rows, and compute them chunk by chunk.
+
+tags, facts (what an op does with dimensions) -> spaces (sets of rows) -> labels (the walk over a graph) -> emit (a program
+from labelled nodes) -> region (what is computed together) -> kernels_for (do the fused kernels compute it?) -> write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from torch._inductor.virtualized import V
+from torch.fx import Graph, Node
+
+from ..config import Config
+from ..graph.backup import Backup
+from ..graph.values import device_type, numel_hint, size_hint
+from ..graph.write import finish
+from ..ops import regions as _ops  # noqa: F401  (registers the op)
+from ..ops.chunking import ChunkPlan, saves_little
+from ..ops.chunking import plan as plan_chunks
+from ..reasons import Refusal, refuse
+from .labels import Labels
+from .region import Found, Region, find
+from .write import operands, write
+
+log = logging.getLogger("lce_inductor")
+
+
+@dataclasses.dataclass
+class Head:
+    """What became of a product that makes logits: rewritten, with what stands for it now, or left alone."""
+
+    node: Node
+    refusal: Refusal | None = None
+    losses: list[Node] = dataclasses.field(default_factory=list)
+    trains: bool = False
+    replaced: list[str] = dataclasses.field(default_factory=list)
+    inserted: list[str] = dataclasses.field(default_factory=list)
+    tier: str = ""
+    returned: bool = False
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the logits, by hint."""
+        value = self.node.meta["val"]
+        return numel_hint(value.shape) * int(value.dtype.itemsize)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, H, V and the bytes of a logit, by hint."""
+        value, x = self.node.meta["val"], operands(self.node)[0].meta["val"]
+        return numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
+
+    def chunks(self, config: Config) -> ChunkPlan:
+        """How the op will cut the rows, by hint."""
+        return plan_chunks(
+            *self.sizes, config.chunk_tokens or 0, config.workspace_bytes, device=device_type(self.node)
+        )
+
+
+def rewrite(graph: Graph, config: Config) -> list[Head]:
+    """Rewrite every head of a joint graph (or one of inference) that can be; returns what was found.
+
+    Either the whole graph is rewritten as planned, or an exception leaves it exactly as it was.
+    """
+    found = find(graph)
+    heads = {node: Head(node) for node in found.labels.sources}
+    for node, problem in found.problems.items():
+        heads[node].refusal = refuse(problem.code, problem.node, problem.why)
+    _describe(found, heads)
+    chosen = _worthwhile(found, heads, config)
+    if not chosen:
+        return list(heads.values())
+    backup = Backup(graph)
+    try:
+        for region in chosen:
+            made = write(graph, found.labels, region, config)
+            for node in region.heads:
+                heads[node].inserted = [n.format_node() or n.name for n in made]
+                heads[node].tier = "region"
+        finish(graph)
+    except Exception:
+        backup.restore()
+        raise
+    return list(heads.values())
+
+
+def _describe(found: Found, heads: dict[Node, Head]) -> None:
+    """What is told of heads, read off the graph before it is changed."""
+    labels = found.labels
+    for region in found.regions:
+        parts = [*region.forward.values(), *region.backward.values()]
+        nodes = [n for part in parts for n, _ in part.nodes if n not in labels.on_tangent]
+        for head in region.heads:
+            heads[head].losses = list(dict.fromkeys(nodes))
+            heads[head].replaced = [n.format_node() or n.name for n in (head, *nodes)]
+    for node in labels.of:
+        if labels.wide(node) and reads_as_loss(node):
+            for source in labels.heads_of(labels.of[node].space):
+                if heads[source].refusal is not None:
+                    heads[source].losses.append(node)
+    for sink in labels.sinks:
+        if sink.node in labels.on_tangent:
+            for source in labels.heads_of(labels.of[sink.wide].space):
+                heads[source].trains = True
+
+
+def reads_as_loss(node: Node) -> bool:
+    """A softmax or a logsumexp over the classes."""
+    return any(word in str(node.target) for word in ("aten.exp.", "softmax", "logsumexp"))
+
+
+def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[Region]:
+    """Regions that are large enough to pay; the heads of others get their reason."""
+    chosen = []
+    for region in found.regions:
+        mine = [heads[n] for n in region.heads]
+        size = max(h.logits_bytes for h in mine)
+        if V.aot_compilation:
+            reason = refuse("ahead-of-time", mine[0].node)
+        elif size < config.min_logits_bytes:
+            reason = refuse("too-small", mine[0].node, f"{size} of {config.min_logits_bytes} bytes")
+        else:
+            chosen.append(region)
+            continue
+        for head in mine:
+            head.refusal = reason
+    # Of several heads, torch.compile alone may hold the logits of all at once.
+    if len(chosen) == 1 and len(chosen[0].heads) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None:
+        head = heads[chosen[0].heads[0]]
+        if head.trains and not head.returned and _saves_little(found.labels, head, config):
+            head.refusal = refuse("little-saved", head.node)
+            return []
+    return chosen
+
+
+def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
+    dw = any(s.kind == "dw" for s in labels.sinks)
+    return saves_little(head.chunks(config), *head.sizes, dw, device_type(head.node))
+
+
+__all__ = ["Head", "find", "rewrite"]
