@@ -29,8 +29,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .deferred_rules import View, answer, keeps_values, traced
+from .deferred_rules import View, answer, keeps_values
 from .ops.epilogue import apply, parse
+from .unchanged import Steps, same, seal, traced
 
 _START = "these logits were returned by lce_inductor without being computed"
 _REMEDY = 'or keep real logits with lce_inductor.install(returned_logits="keep")'
@@ -90,21 +91,26 @@ class DeferredLogits(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     # x, weight, bias (or not), and for each of them (or not):
-    # _owner   its base, if it is a view. A compiled graph returns an input as the same tensor, but a view of an input
-    #          as one with a version counter of its own: so the base is what to ask for the version.
-    # _sample  some of its values, copied: fused optimizers and writes through .data do not count versions.
+    # _owner  its base, if it is a view. A compiled graph returns an input as the same tensor, but a view of an input
+    #         as one with a version counter of its own: so the base is what to ask for the version.
+    # _seal   what its values were: see `seal`. Fused optimizers and writes through .data do not count versions.
     inner: dict[str, Tensor]
     _versions: dict[str, int | None]
+    _steps: dict[str, Steps]
     _returned: Tensor
     spec: Spec
 
     @staticmethod
-    def __new__(cls, inner: dict[str, Tensor], spec: Spec, like: Any = None, versions: Any = None) -> DeferredLogits:
+    def __new__(
+        cls, inner: dict[str, Tensor], spec: Spec, like: Any = None, versions: Any = None, steps: Any = None
+    ) -> DeferredLogits:
         x = inner["x"]
         size, stride = like or ((*x.shape[:-1], inner["weight"].shape[0]), None)
         self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtypes[-1], device=x.device)
         self.inner, self.spec = inner, spec
-        self._versions = versions or {n: _version(inner, n) for n in ("x", "weight", "bias") if n in inner}
+        names = [n for n in ("x", "weight", "bias") if n in inner]
+        self._versions = versions or {n: _version(inner, n) for n in names}
+        self._steps = steps or {n: Steps(inner[n]) for n in names}
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
@@ -131,17 +137,18 @@ class DeferredLogits(Tensor):
         return repr((tuple(self.shape), self.device, self.requires_grad, self.spec, layout))
 
     def _check(self, values: bool = True) -> None:
-        """Raises if the parts are no longer those of the call. values: look at their samples, too (synchronises)."""
+        """Raises if the parts are no longer those of the call. values: compare the seals, too (synchronises)."""
         weight = self.inner["weight"]
         values = values and not traced(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         if values and weight.numel() and not weight.untyped_storage().nbytes():
             raise RuntimeError(f"{_START}, and their weight was freed since (FSDP?). Read them before, {_REMEDY}")
         for name, version in self._versions.items():
-            same, sample = _version(self.inner, name) == version, self.inner.get(f"{name}_sample")
-            if same and values and sample is not None:
+            unchanged = _version(self.inner, name) == version and self._steps[name].none()
+            before = self.inner.get(f"{name}_seal")
+            if unchanged and values and before is not None:
                 with _disable_current_modes():  # Dynamo takes the real logits apart under a fake mode
-                    same = torch.equal(_bits(_sample(self.inner[name])), _bits(sample))
-            if not same:
+                    unchanged = same(self.inner[name], before)
+            if not unchanged:
                 raise RuntimeError(
                     f"{_START}, and the {'hidden states' if name == 'x' else name} of their head changed since. Read "
                     f"them before optimizer.step() (logits.detach().clone() makes them real), {_REMEDY}"
@@ -150,17 +157,17 @@ class DeferredLogits(Tensor):
     def derive(self, x: Tensor | None = None, copied: bool = False, **changes: Any) -> DeferredLogits:
         """The same head on other rows, x, or with another spec. copied: x shares no memory with these rows."""
         self._check(values=False)
-        inner, versions = dict(self.inner), dict(self._versions)
+        inner, versions, steps = dict(self.inner), dict(self._versions), dict(self._steps)
         if x is not None:
             inner["x"] = x
             if copied:
                 inner.pop("x_owner", None)
-                versions["x"] = _version(inner, "x")
+                versions["x"], steps["x"] = _version(inner, "x"), Steps(x)
             else:  # below autograd a view has a version counter of its own, too
                 inner.setdefault("x_owner", self.inner["x"])
         like = changes.pop("like", None if x is not None else self)
         spec = dataclasses.replace(self.spec, requires_grad=False, **changes)
-        return DeferredLogits(inner, spec, None if like is None else (like.shape, like.stride()), versions)
+        return DeferredLogits(inner, spec, None if like is None else (like.shape, like.stride()), versions, steps)
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """The function from x to logits, once the parts are found to be unchanged."""
@@ -241,16 +248,6 @@ def _version(inner: dict[str, Tensor], name: str) -> int | None:
     return None if t.is_inference() else t._version  # inference tensors have none
 
 
-def _sample(t: Tensor) -> Tensor:
-    """About 4096 values of t, evenly spread. One step of an optimizer changes some of them, even in bf16."""
-    count = round(4096 ** (1 / t.dim()))
-    return t[tuple(slice(None, None, max(1, n // count)) for n in t.shape)].clone()
-
-
-def _bits(t: Tensor) -> Tensor:
-    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])  # NaN equals NaN
-
-
 def _with_barrier(z: DeferredLogits) -> DeferredLogits:
     if not z.spec.requires_grad or traced(z.inner["x"]):
         return z
@@ -266,9 +263,9 @@ def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_afte
     # x is cast here, in the graph, which fuses that into what computes x; the weight where it is read.
     inner["x"] = inner["x"].to(compute_dtype)
     owners = {f"{n}_owner": t._base.detach() for n, t in given.items() if t._is_view() and t.dtype == inner[n].dtype}
-    samples = {f"{n}_sample": _sample(t) for n, t in inner.items() if n != "x"}
+    seals = {f"{n}_seal": seal(t) for n, t in inner.items() if n != "x"}
     spec = Spec(epilogue, epilogue_after_cast, compute_dtype, (dtype,), needs_grad)
-    return _with_barrier(DeferredLogits(inner | owners | samples, spec))
+    return _with_barrier(DeferredLogits(inner | owners | seals, spec))
 
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")

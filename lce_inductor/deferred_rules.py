@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .unchanged import traced
 
 if TYPE_CHECKING:
     from .deferred import DeferredLogits
@@ -24,10 +24,6 @@ aten = torch.ops.aten
 
 CHUNK_BYTES = 256 << 20
 """Reductions over the vocabulary are answered from pieces of the logits of about this size."""
-
-
-def traced(t: Tensor) -> bool:
-    return isinstance(t, FakeTensor | FunctionalTensor)
 
 
 @dataclasses.dataclass(frozen=True)
