@@ -20,9 +20,14 @@ from ..ops import regions as _ops  # noqa: F401  (registers the op)
 from ..ops.chunking import ChunkPlan, saves_little
 from ..ops.chunking import plan as plan_chunks
 from ..reasons import Refusal, refuse
+from .facts import Crossing
+from .fused import NotFused
+from .heads import Head as Operands
 from .labels import Labels
+from .match import match
 from .region import Found, Region, find
-from .write import operands, write
+from .write import write
+from .write_fused import write_fused
 
 log = logging.getLogger("lce_inductor")
 
@@ -49,7 +54,7 @@ class Head:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """N, H, V and the bytes of a logit, by hint."""
-        value, x = self.node.meta["val"], operands(self.node)[0].meta["val"]
+        value, x = self.node.meta["val"], Operands.of(self.node).x.meta["val"]
         return numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
 
     def chunks(self, config: Config) -> ChunkPlan:
@@ -75,15 +80,25 @@ def rewrite(graph: Graph, config: Config) -> list[Head]:
     backup = Backup(graph)
     try:
         for region in chosen:
-            made = write(graph, found.labels, region, config)
+            made, tier = _write(graph, found.labels, region, config)
             for node in region.heads:
                 heads[node].inserted = [n.format_node() or n.name for n in made]
-                heads[node].tier = "region"
+                heads[node].tier = tier
         finish(graph)
     except Exception:
         backup.restore()
         raise
     return list(heads.values())
+
+
+def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tuple[list[Node], str]:
+    """By the fused kernels where they compute the region, else by its own program."""
+    try:
+        matches = match(labels, region.heads, region.spaces)
+    except (NotFused, Crossing) as why:
+        log.debug("%s: computed by its own program: %s", region.heads[0], why)
+        return write(graph, labels, region, config), "region"
+    return write_fused(graph, labels, matches, config), "kernels"
 
 
 def _describe(found: Found, heads: dict[Node, Head]) -> None:

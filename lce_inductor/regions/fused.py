@@ -11,12 +11,10 @@ the region's own program. What is found is compared with the program in numbers 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 
-from ..ops.epilogue import unparse
 from . import algebra
 from .algebra import Poly
 from .program import Program, Ref, Rows, resolve
@@ -90,31 +88,22 @@ class Several:
     items: list[Any]
 
 
-@dataclasses.dataclass
-class Fused:
-    """The forward: values of each row, by the place of the program's results."""
-
-    epilogue: tuple[Any, ...]
-    values: dict[int, Poly]
-    wide: dict[int, Wide]
-
-
 class Evaluate:
     """Evaluates one program with symbols.
 
-    integers: which row inputs are integers. counts: which whole inputs are 0, 1, 2, ... vectors: which are [V].
-    epilogue: the one that is known from the forward already, or None.
+    classes: V. double: are the logits fp64? given: what stands for each row input and each whole input (an Index, Count,
+    Class or Poly). epilogue: the one that is known from the forward already, or None.
     """
 
-    def __init__(self, program: Program, classes: Any, integers: set[int], counts: set[int], vectors: set[int],
-                 epilogue: tuple[Any, ...] | None = None) -> None:  # fmt: skip
-        self.program, self.classes = program, classes
-        self.integers, self.counts, self.vectors = integers, counts, vectors
-        self.epilogue = epilogue
+    def __init__(
+        self, program: Program, classes: Any, double: bool, given: dict[str, list[Any]], epilogue: Any = None
+    ) -> None:
+        self.program, self.classes, self.double = program, classes, double
+        self.given, self.epilogue = given, epilogue
         self.env: list[Any] = []
-        self._elem_of_y: Elem | None = None
 
     def run(self) -> list[Any]:
+        """The values of the results; where one can't be followed, the NotFused that says why."""
         places = {"rows": 0, "whole": 0, "logits": 0}
         for kind in self.program.inputs:
             k = places[kind]
@@ -123,23 +112,21 @@ class Evaluate:
                 if k:
                     raise NotFused("several heads")
                 self.env.append(Elem((), ("z",)))
-            elif kind == "rows":
-                self.env.append(Index(k) if k in self.integers else Poly.atom("in", "rows", k))
-            elif k in self.counts:
-                self.env.append(Count())
-            elif k in self.vectors:
-                self.env.append(Class(k))
             else:
-                self.env.append(Poly.atom("in", "whole", k))
+                self.env.append(self.given[kind][k])
         for step in self.program.steps:
-            op = resolve(step.op)
-            args = [self._arg(a) for a in step.args]
-            kwargs = {k: self._arg(v) for k, v in step.kwargs.items()}
-            self.env.append(self._step(op, args, kwargs))
+            try:
+                args = [self._arg(a) for a in step.args]
+                kwargs = {k: self._arg(v) for k, v in step.kwargs.items()}
+                self.env.append(self._step(resolve(step.op), args, kwargs))
+            except NotFused as why:
+                self.env.append(why)
         return [self.env[r.value.index] for r in self.program.results]
 
     def _arg(self, value: Any) -> Any:
         if isinstance(value, Ref):
+            if isinstance(self.env[value.index], NotFused):
+                raise self.env[value.index]
             return self.env[value.index]
         if isinstance(value, (tuple, list)) and not isinstance(value, Rows):
             return [self._arg(v) for v in value]
@@ -148,8 +135,6 @@ class Evaluate:
     # -- one step
 
     def _step(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if op is getattr:  # pragma: no cover
-            raise NotFused("getattr")
         name = getattr(op, "__name__", "")
         if name == "getitem":
             if not isinstance(args[0], Several):
@@ -179,9 +164,9 @@ class Evaluate:
                 self.epilogue = value.steps
             if value.steps == self.epilogue:
                 return Wide({"Y": ONE})
-            ratio = _ratio(value.steps, self.epilogue)
-            if ratio is not None:
-                return Wide({"Y": Poly.number(ratio)})
+            factor = ratio(value.steps, self.epilogue)
+            if factor is not None:
+                return Wide({"Y": Poly.number(factor)})
         raise NotFused("logits of another epilogue")
 
     def sum(self, w: Wide) -> Poly:
@@ -239,7 +224,7 @@ class Evaluate:
         return total
 
 
-def _ratio(steps: tuple[Any, ...], other: tuple[Any, ...]) -> float | None:
+def ratio(steps: tuple[Any, ...], other: tuple[Any, ...]) -> float | None:
     """The number that one epilogue is of another, where they differ by factors at their ends."""
 
     def split(s: tuple[Any, ...]) -> tuple[tuple[Any, ...], float]:
@@ -266,12 +251,17 @@ def plus(p: Wide, q: Wide, sign: float = 1.0) -> Wide:
     return Wide({k: v for k, v in terms.items() if v.terms}, p.slopes)
 
 
-def times(p: Wide, q: Wide) -> Wide:
+def times(e: Evaluate, p: Wide, q: Wide) -> Wide:
     out: dict[Any, Poly] = {}
     for a, c in p.terms.items():
         for b, d in q.terms.items():
-            basis = _product(a, b)
-            out[basis] = out.get(basis, Poly({})) + c * d
+            if isinstance(b, tuple) and b[0] == "onehot":
+                a, b, c, d = b, a, d, c
+            if isinstance(a, tuple) and a[0] == "onehot" and b != "1":  # what is there at the class
+                basis, value = a, c * e.at(Wide({b: d}), a[1])
+            else:
+                basis, value = _product(a, b), c * d
+            out[basis] = out.get(basis, Poly({})) + value
     return Wide({k: algebra.simplified(v) for k, v in out.items() if v.terms}, p.slopes + q.slopes)
 
 
@@ -306,14 +296,6 @@ def step(*targets: Any) -> Any:
         return fn
 
     return register
-
-
-def unparse_epilogue(steps: tuple[Any, ...]) -> str:
-    return unparse(tuple(steps))
-
-
-def finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 from . import fused_steps  # noqa: E402, F401  (registers the steps)

@@ -21,6 +21,7 @@ from .fused import (
     Wide,
     is_wide,
     plus,
+    ratio,
     scaled,
     step,
     times,
@@ -57,10 +58,9 @@ def convert(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return value
 
 
-@step(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
-def add(e: Evaluate, args: list[Any], kwargs: dict[str, Any], sign: float = 1.0) -> Any:
-    p, q = args[:2]
-    return _sum(e, p, q, kwargs.get("alpha", 1))
+@step(aten.add.Tensor, aten.add.Scalar)
+def add(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return _sum(e, args[0], args[1], kwargs.get("alpha", 1))
 
 
 def _sum(e: Evaluate, p: Any, q: Any, factor: float) -> Any:
@@ -104,7 +104,7 @@ def mul(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
             return Elem(new.steps, ("mul", p.tree, number))
         if isinstance(q, Elem):
             return Elem(None, ("mul", p.tree, q.tree))
-        if isinstance(q, Wide) and _is_gradient(q):
+        if isinstance(q, Wide) and not _is_y(e, p):
             return Wide(q.terms, (*q.slopes, p.tree))
     if isinstance(p, Class) and _number(q) is not None:
         return Class(p.index, p.factor * float(_number(q) or 0))
@@ -114,12 +114,12 @@ def mul(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
         return scaled(e.y(q), _poly(p))
     if isinstance(q, Poly | int | float):
         return scaled(e.y(p), _poly(q))
-    return times(e.y(p), e.y(q))
+    return times(e, e.y(p), e.y(q))
 
 
-def _is_gradient(w: Wide) -> bool:
-    """May this be a gradient with respect to y? A factor of logits is its slope then, and not y itself."""
-    return not (set(w.terms) == {"P"} and w.terms["P"].key() == ONE.key()) and "1" not in w.terms or bool(w.slopes)
+def _is_y(e: Evaluate, p: Elem) -> bool:
+    """Is this y, perhaps times a number, and not the slope of an epilogue?"""
+    return p.steps is not None and (e.epilogue is None or ratio(p.steps, e.epilogue) is not None)
 
 
 @step(aten.div.Tensor, aten.div.Scalar)
@@ -163,11 +163,6 @@ def log(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return algebra.call("log", p)
 
 
-@step(aten.tanh.default, aten.sigmoid.default)
-def squash(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    raise NotFused("a function of something else than logits")
-
-
 def _squash(name: str) -> Any:
     def rule(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
         (p,) = args
@@ -199,7 +194,7 @@ def power(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     raise NotFused("a power")
 
 
-@step(aten.amax.default, aten.max.dim, aten.argmax.default)
+@step(aten.amax.default)
 def top(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return _top(e, args[0], "max")
 
@@ -275,9 +270,12 @@ def equal(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
 def where(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     condition, p, q = args
     if isinstance(condition, Equal):
-        if is_wide(p) or is_wide(q):
-            raise NotFused("other logits at the target")
-        return Wide({("onehot", condition.index): _poly(p) - _poly(q), "1": _poly(q)})
+        at, other = e.y(p), e.y(q)
+        if at.slopes or other.slopes:
+            raise NotFused("a selection behind the epilogue")
+        column = condition.index
+        difference = e.at(at, column) - e.at(other, column) if other.terms else e.at(at, column)
+        return plus(Wide({("onehot", column): difference}), other)
     if isinstance(condition, Poly) and not is_wide(p) and not is_wide(q):
         return algebra.call("where", condition, _poly(p), _poly(q))
     raise NotFused("a selection of logits")
@@ -302,6 +300,11 @@ def shape_only(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if isinstance(args[0], Count | Class):
         return args[0]
     return args[0]  # a row value, or a wide one with a dimension of one: numbers decide, see check.py
+
+
+@step(aten.permute.default)
+def permute(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return args[0]  # of a batch of one
 
 
 @step(prims.fma.default)

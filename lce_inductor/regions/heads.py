@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch.fx import Graph, Node
 
+from .facts import Crossing, bound
 from .labels import PRODUCTS
 from .tags import is_one, shape_of
+
+aten = torch.ops.aten
+
+
+class Head(NamedTuple):
+    """x [N, H], weight [H, V] and bias [V] of a product that makes logits."""
+
+    x: Node
+    weight: Node
+    bias: Node | None
+
+    @staticmethod
+    def of(node: Node) -> Head:
+        """The operands of a product. Raises Crossing where it is scaled."""
+        a = bound(node)
+        names = list(a)
+        if node.target in (aten.mm.default, aten.bmm.default):
+            return Head(a[names[0]], a[names[1]], None)
+        if any(a.get(k, 1) != 1 for k in ("beta", "alpha")):
+            raise Crossing("a scaled product", "escape")
+        return Head(a[names[1]], a[names[2]], a["self"])
 
 
 def tangents_of(graph: Graph) -> set[Node]:

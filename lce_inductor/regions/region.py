@@ -34,6 +34,7 @@ class Region:
     """Heads that belong together. merged: the backward part is in the forward's program, up to `tangent`."""
 
     heads: list[Node]
+    spaces: set[Space]
     forward: dict[Space, Part]
     backward: dict[Space, Part]
     merged: bool = False
@@ -105,7 +106,7 @@ def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: se
     narrow = [n for n in labels.outputs if labels.of[n].space.find() in spaces]
     values = frontier(labels, narrow)
     if late:
-        region = _merged(labels, heads, values, early, late, tangents)
+        region = _merged(labels, heads, spaces, values, early, late, tangents)
         if isinstance(region, Region):
             return region
         why = region
@@ -120,11 +121,11 @@ def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: se
         for node in [n for kind in ("rows", "whole") for n in _nodes(part.emitter, kind)]:
             if (unknown := _unknown_size(labels, node)) is not None:
                 raise Crossing(f"a size is read off the logits: {unknown.format_node() or unknown.name}")
-    return Region(heads, forward, backward, why_not_merged=why)
+    return Region(heads, spaces, forward, backward, why_not_merged=why)
 
 
 def _merged(
-    labels: Labels, heads: list[Node], values: list[Node], early: list[Sink], late: list[Sink], tangents: set[Node]
+    labels: Labels, heads: list[Node], spaces: set[Space], values: list[Node], early: list[Sink], late: list[Sink], tangents: set[Node]
 ) -> Region | str:
     """All in one program, or why that can't be."""
     tangent = Tangent(labels, tangents)
@@ -151,7 +152,7 @@ def _merged(
                         return f"a size is read off the loss: {unknown.format_node() or unknown.name}"
     except Crossing as crossing:
         return str(crossing)
-    return Region(heads, parts, {}, merged=True, tangent=tangent)
+    return Region(heads, spaces, parts, {}, merged=True, tangent=tangent)
 
 
 def _unknown_size(labels: Labels, node: Node) -> Node | None:

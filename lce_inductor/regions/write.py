@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph.write import Writer
-from .emit import Emitter
-from .facts import Crossing, bound
+from .facts import Crossing
+from .heads import Head
 from .labels import Labels
 from .region import Part, Region
 from .spaces import Move, Space, adjoint, apply
-from .tags import LOCAL, ONE, ROW, local_sizes, product, shape_of
+from .tags import ROW, local_sizes, product, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -45,7 +45,7 @@ def write(graph: Graph, labels: Labels, region: Region, config: Config) -> list[
                 values[node] = value if node not in values else writer.call(aten.add.Tensor, values[node], value)
         done = {n for part in parts.values() for n, _ in part.nodes}
         for node in done:
-            _replace(node, values[node])
+            replace(node, values[node])
             for other in values:  # what reads a replaced node reads its replacement from now on
                 if values[other] is node:
                     values[other] = values[node]
@@ -73,7 +73,7 @@ def before_writes(graph: Graph) -> Node:
     raise AssertionError("a graph without an output")
 
 
-def _replace(node: Node, value: Node) -> None:
+def replace(node: Node, value: Node) -> None:
     value.meta |= {k: v for k, v in node.meta.items() if k not in ("val", "recompute", "ac_graph_id")}
     node.replace_all_uses_with(value)
 
@@ -90,39 +90,28 @@ def _call(
 
     program = emitter.program().text()
     xs, weights, biases = [], [], []
-    for node, home in emitter.given["logits"]:
-        x, weight, bias = operands(node)
-        moved = _moved(writer, _two(writer, now(x)), labels.of[node].space, space, list((shape_of(x) or ())[-1:]))
-        xs.append(moved)
-        weights.append(_two(writer, now(weight)))
+    for node, _ in emitter.given["logits"]:
+        x, weight, bias = Head.of(node)
+        x_moved = moved(writer, two(writer, now(x)), labels.of[node].space, space, list((shape_of(x) or ())[-1:]))
+        xs.append(x_moved)
+        weights.append(two(writer, now(weight)))
         biases.append(bias if bias is None else now(bias))
-    rows = [_rows(writer, what, space, now) for what in emitter.given["rows"]]
+    given = [rows(writer, what, space, now) for what in emitter.given["rows"]]
     whole = [now(what[0]) for what in emitter.given["whole"]]
-    matrices = [_two(writer, now(m)) for m in emitter.matrices]
+    matrices = [two(writer, now(m)) for m in emitter.matrices]
     return writer.call(
         torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights, [b for b in biases if b is not None],
-        [b is not None for b in biases], rows, whole, matrices, list(emitter.sizes), program,
+        [b is not None for b in biases], given, whole, matrices, list(emitter.sizes), program,
         config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
 
 
-def operands(node: Node) -> tuple[Node, Node, Node | None]:
-    """x [N, H], weight [H, V] and bias [V] of a product that makes logits."""
-    a = bound(node)
-    names = list(a)
-    if node.target in (aten.mm.default, aten.bmm.default):
-        return a[names[0]], a[names[1]], None
-    if any(a.get(k, 1) != 1 for k in ("beta", "alpha")):
-        raise Crossing("a scaled product", "escape")
-    return a[names[1]], a[names[2]], a["self"]
-
-
-def _two(writer: Writer, node: Node) -> Node:
+def two(writer: Writer, node: Node) -> Node:
     """A matrix, without a batch of one."""
     return writer.call(aten.squeeze.dim, node, 0) if len(shape_of(node) or ()) == 3 else node
 
 
-def _rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) -> Node:
+def rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) -> Node:
     node, tags, home, expanded = what
     value = now(node)
     shape = shape_of(node) or ()
@@ -134,10 +123,10 @@ def _rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) 
         value = writer.call(aten.permute.default, value, order)
     locals_ = local_sizes(tags, shape)
     value = writer.call(aten.reshape.default, value, [home.find().count, *locals_])
-    return _moved(writer, value, home, space, locals_)
+    return moved(writer, value, home, space, locals_)
 
 
-def _moved(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
+def moved(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
     for move in path(home, space):
         value = apply(move, writer.call, value, locals_)
     return value
@@ -160,7 +149,7 @@ def path(home: Space, space: Space) -> list[Move]:
     raise Crossing("rows that do not follow from each other")
 
 
-def _back(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
+def back(writer: Writer, value: Node, home: Space, space: Space, locals_: list[Any]) -> Node:
     for move in reversed(path(home, space)):
         value = adjoint(move, writer.call, value, locals_)
     return value
@@ -172,7 +161,7 @@ def _value(writer: Writer, labels: Labels, part: Part, space: Space, node: Node,
     if kind == "row":
         label = labels.of[node]
         locals_ = local_sizes(label.tags, tuple(shape))
-        result = _back(writer, result, label.space, space, locals_)
+        result = back(writer, result, label.space, space, locals_)
         order = [d for d, t in enumerate(label.tags) if t == ROW] + [d for d, t in enumerate(label.tags) if t != ROW]
         result = writer.call(aten.reshape.default, result, [shape[d] for d in order])
         if order != sorted(order):
@@ -189,7 +178,7 @@ def _value(writer: Writer, labels: Labels, part: Part, space: Space, node: Node,
     wide = next(a for a in node.args if a in labels.of)  # type: ignore[assignment]
     turned = node.args[0] is not wide
     if kind == "dx":
-        result = _back(writer, result, labels.of[wide].space, space, [shape[-1 if not turned else -2]])
+        result = back(writer, result, labels.of[wide].space, space, [shape[-1 if not turned else -2]])
     if turned:
         result = writer.call(aten.permute.default, result, [1, 0])
     return writer.call(aten.reshape.default, result, shape) if len(shape) == 3 else result
@@ -215,12 +204,12 @@ class Copies:
     """Copies of what an op reads, where that depends on the tangent (which is one in the copy, for a merged region), or
     reads a size off something that is not there yet. Other uses stay as they are."""
 
-    def __init__(self, writer: Writer, labels: Labels, region: Region, behind: set[Node]) -> None:
+    def __init__(self, writer: Writer, labels: Labels, region: Region | None, behind: set[Node]) -> None:
         self.writer, self.labels, self.behind = writer, labels, behind
         self.tangent: Node | None = None
         self.of: dict[Node, Any] = {}
-        self.merged = region.merged
-        if region.tangent is not None:
+        self.merged = region is not None and region.merged
+        if region is not None and region.tangent is not None:
             (root,) = region.tangent.roots
             value = root.meta["val"]
             self.tangent = root if value.dim() == 0 else writer.call(aten.reshape.default, root, [])
@@ -251,6 +240,3 @@ class Copies:
             self.of[now] = self.writer.call(now.target, *args, **kwargs)
             todo.pop()
         return self.of.get(node, node)
-
-
-__all__ = ["LOCAL", "ONE", "Emitter", "operands", "write"]

@@ -1,0 +1,234 @@
+"""Comparing what the kernels would compute with the region's own program: a few rows of random numbers, fp64, CPU.
+
+Nothing here comes from the rules by which a match was found: the program is the user's own arithmetic, and the kernels
+are described by their definition (ops/epilogue.py and the formula in fused.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..graph.values import size_hint
+from ..ops.epilogue import apply, apply_with_slope
+from ..ops.regions import run
+from .algebra import Poly
+from .fused import Count, Elem, NotFused, Wide
+from .match import Match, same_rows
+from .program import Program, Step
+from .tags import LOCAL, ROW, shape_of
+
+_ROWS = 2
+_TOLERANCE = 1e-8
+
+
+def check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
+    """Raises NotFused if the programs and the kernels differ; returns the number by which row gradients are divided.
+
+    classes: V, by hint.
+    """
+    with _disable_current_modes():  # the pass runs under a fake mode
+        return _check(match, slopes, classes)
+
+
+def _check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(_ROWS, classes, generator=generator, dtype=torch.float64)
+    numbers = _Numbers(match, z, generator)
+    factor = _slope_factor(match.epilogue, slopes)
+    for program, emitter, expected in match.programs:
+        got = run(_in_double(program), numbers.inputs(program, emitter), _ROWS, _sizes(emitter), z.device)
+        for value, want in zip(got, expected):
+            if want is None:
+                continue
+            ours = numbers.wide(want, factor) if isinstance(want, Wide) else numbers.row(want)
+            _compare(value, ours)
+    return factor
+
+
+def _compare(value: Tensor, ours: Tensor) -> None:
+    theirs = value.to(torch.float64)
+    ours = ours.to(torch.float64).reshape(theirs.shape) if ours.numel() == theirs.numel() else ours.expand_as(theirs)
+    scale = max(theirs.abs().max().item(), 1e-3) if theirs.numel() else 1.0
+    error = (theirs - ours).abs().max().item() if theirs.numel() else 0.0
+    if not error <= _TOLERANCE * scale:
+        raise NotFused(f"disagrees: the kernels differ from the region by {error:.3g} at a size of {scale:.3g}")
+
+
+def _in_double(program: Program) -> Program:
+    """The same with every floating dtype fp64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return torch.float64
+        if type(value) in (tuple, list):
+            return tuple(wide(v) for v in value)
+        return value
+
+    steps = tuple(Step(s.op, wide(s.args), {k: wide(v) for k, v in s.kwargs.items()}) for s in program.steps)
+    return Program(program.inputs, steps, program.results)
+
+
+def _sizes(emitter: Any) -> list[int]:
+    return [hint(s) for s in emitter.sizes]
+
+
+def hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(getattr(size, "_hint", 0) or 7)
+
+
+def _slope_factor(epilogue: tuple[Any, ...], slopes: tuple[Any, ...]) -> float:
+    """The number by which the program's own slopes are short of the epilogue's derivative."""
+    z = torch.linspace(-3.1, 2.9, 17, dtype=torch.float64)
+    _, slope = apply_with_slope(epilogue, z)
+    wanted = torch.ones_like(z) if slope is None else torch.as_tensor(slope, dtype=torch.float64).expand_as(z)
+    own = torch.ones_like(z)
+    for tree in slopes:
+        own = own * _elementwise(tree, z)
+    ratio = wanted / own
+    if not (ratio - ratio[0]).abs().max().item() <= 1e-9 * ratio[0].abs().item():
+        raise NotFused("a gradient by another derivative than the epilogue's")
+    return float(ratio[0])
+
+
+def _elementwise(tree: Any, z: Tensor) -> Any:
+    if not isinstance(tree, tuple):
+        return tree
+    name, *args = tree
+    if name == "z":
+        return z
+    values = [_elementwise(a, z) for a in args]
+    if name == "add":
+        return values[0] + values[1] * values[2]
+    if name == "mul":
+        return values[0] * values[1]
+    if name == "div":
+        return values[0] / values[1]
+    return {"tanh": torch.tanh, "sigmoid": torch.sigmoid}[name](values[0])
+
+
+class _Numbers:
+    """Random numbers for what a match reads, the same wherever it is read, and the values of the kernels for them."""
+
+    def __init__(self, match: Match, z: Tensor, generator: torch.Generator) -> None:
+        self.match, self.z, self.generator = match, z, generator
+        self.y = apply(match.epilogue, z)
+        self.lse = self.y.logsumexp(1)
+        self.of: dict[Any, Tensor] = {}
+
+    def inputs(self, program: Program, emitter: Any) -> list[Tensor]:
+        rows, whole = iter(emitter.given["rows"]), iter(emitter.given["whole"])
+        pick = {"logits": lambda: self.z, "rows": lambda: self._row(next(rows)), "whole": lambda: self._whole(next(whole))}
+        return [pick[kind]() for kind in program.inputs]
+
+    def _row(self, what: Any) -> Tensor:
+        node, tags, _, expanded = what
+        key = ("rows", same_rows(node))
+        value = node.meta["val"]
+        locals_ = [size_hint(s) for s, t in zip(expanded or value.shape, tags) if t != ROW]
+        if any(t == LOCAL for t in tags):  # x, for dW: no value of it is read by the program
+            return torch.zeros(_ROWS, *locals_, dtype=torch.float64)
+        return self._new(key, [_ROWS], value).reshape(_ROWS, *locals_)
+
+    def _whole(self, what: Any) -> Tensor:
+        node = what[0]
+        value = node.meta["val"]
+        shape = [size_hint(s) for s in value.shape]
+        if isinstance(self._kind(node), Count):
+            return torch.arange(max(shape)).reshape(shape)
+        return self._new(("whole", node.name), shape, value)
+
+    def _kind(self, node: Any) -> Any:
+        from .match import _counts
+
+        return Count() if len(shape_of(node) or ()) and _counts(node) else None
+
+    def _new(self, key: Any, shape: list[int], like: Tensor) -> Tensor:
+        if key not in self.of:
+            if like.dtype == torch.bool:
+                made = torch.rand(shape, generator=self.generator) < 0.5
+            elif not like.dtype.is_floating_point:
+                made = torch.randint(0, self.z.shape[1], shape, generator=self.generator)
+            else:
+                made = torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.5
+            self.of[key] = made
+        return self.of[key]
+
+    def target(self, column: int) -> Tensor:
+        node = self.match.targets[column][0]
+        return self._new(("rows", same_rows(node)), [_ROWS], node.meta["val"])
+
+    def row(self, p: Poly) -> Tensor:
+        total = torch.zeros(_ROWS, dtype=torch.float64)
+        for monomial, c in p.terms.items():
+            term = torch.full((_ROWS,), c, dtype=torch.float64)
+            for atom in monomial:
+                term = term * self._atom(atom)
+            total = total + term
+        return total
+
+    def _atom(self, atom: Any) -> Tensor:
+        kind, name, *rest = atom
+        if kind == "stat":
+            return self._stat(name, rest)
+        if kind == "call":
+            return _CALLS[name](*(self.row(Poly(dict(a))) for a in rest))
+        if name == "rows":
+            return self.of[("rows", rest[0])].to(torch.float64)
+        if name == "whole":
+            return self.of[("whole", rest[0])].to(torch.float64).reshape(1)
+        vector = self._vector(rest[0])
+        return vector.sum().reshape(1) if name == "total" else vector[self.target(rest[1])]
+
+    def _vector(self, index: int) -> Tensor:
+        what = self.match.atoms[("in", "total", index)]
+        return self._whole(what).to(torch.float64).reshape(-1)
+
+    def _stat(self, name: str, rest: Any) -> Tensor:
+        y = self.y
+        if name == "lse":
+            return self.lse
+        if name == "target":
+            return y.gather(1, self.target(rest[0])[:, None])[:, 0]
+        if name == "sum":
+            return y.sum(1) if rest[0] is None else y @ self._vector(rest[0])
+        if name == "max":
+            return y.amax(1)
+        if name == "argmax":
+            return y.argmax(1).to(torch.float64)
+        log_p = y - self.lse[:, None]
+        return (log_p.exp() * log_p).sum(1)
+
+    def wide(self, w: Wide, factor: float) -> Tensor:
+        """dz by the kernels' formula: dy, with its factors of epilogues divided out, times the epilogue's slope."""
+        p = (self.y - self.lse[:, None]).exp()
+        d = torch.zeros_like(self.y)
+        for basis, c in w.terms.items():
+            value = self.row(c)[:, None] / factor
+            if basis == "P":
+                d += value * p
+            elif basis == "PY":
+                d += value * p * self.y
+            elif basis == "1":
+                d += value
+            elif basis[0] == "onehot":
+                d.scatter_add_(1, self.target(basis[1])[:, None], value)
+            else:
+                d += value * self._vector(basis[1])
+        _, slope = apply_with_slope(self.match.epilogue, self.z)
+        return d if slope is None else d * slope
+
+
+_CALLS = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "abs": torch.abs,
+    "reciprocal": torch.reciprocal,
+    "eq": lambda a, b: (a == b).to(torch.float64),
+    "where": lambda c, a, b: torch.where(c != 0, a, b),
+}
+
+__all__ = ["Elem", "check"]
