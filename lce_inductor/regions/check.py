@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph.values import size_hint
@@ -40,7 +41,8 @@ def _check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
     numbers = _Numbers(match, z, generator)
     factor = _slope_factor(match.epilogue, slopes)
     for program, emitter, expected in match.programs:
-        got = run(_in_double(program), numbers.inputs(program, emitter), _ROWS, _sizes(emitter), z.device)
+        sizes = [hint(emitter.labels.graph, s) for s in emitter.sizes]
+        got = run(_in_double(program), numbers.inputs(program, emitter), _ROWS, sizes, z.device)
         for value, want in zip(got, expected):
             if want is None:
                 continue
@@ -72,12 +74,16 @@ def _in_double(program: Program) -> Program:
     return Program(program.inputs, steps, program.results)
 
 
-def _sizes(emitter: Any) -> list[int]:
-    return [hint(s) for s in emitter.sizes]
-
-
-def hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(getattr(size, "_hint", 0) or 7)
+def hint(graph: Graph, expr: Any) -> int:
+    """A number for a symbolic size: the hint of what has that size in the graph."""
+    if isinstance(expr, int):
+        return expr
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(s, torch.SymInt) and s.node.expr == expr:
+                return size_hint(s)
+    raise NotFused(f"a size without a hint: {expr}")
 
 
 def _slope_factor(epilogue: tuple[Any, ...], slopes: tuple[Any, ...]) -> float:

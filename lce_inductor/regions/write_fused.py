@@ -134,7 +134,7 @@ class _Stats:
             x = self.head[0].meta["val"]
             fill, count = 0.0 if out is None else out, self.space.find().count
             return call(aten.full.default, [count], fill, dtype=torch.float32, device=x.device)
-        if out.meta["val"].dim() == 0 or (out.meta["val"].numel() == 1 and not p_has_rows(p)):
+        if not p_has_rows(p):
             out = call(aten.expand.default, call(aten.reshape.default, out, [1]), [self.space.find().count])
         return out
 
