@@ -17,7 +17,8 @@ from fault_cases import BY_RULE, WHOLE, of_rule
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from oracle import Verdict, fresh, judge
-from programs import DTYPES, Inputs, inputs, programs
+from programs import DTYPES, Inputs, inputs
+from programs import programs as drawn_programs
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
@@ -154,7 +155,7 @@ def random_programs(seed: int, count: int) -> list[Any]:
         max_examples=count, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(programs())
+    @given(drawn_programs())
     def draw(p: Any) -> None:
         drawn.append(p)
 
@@ -174,19 +175,30 @@ def sources(seed: int = 0, count: int = 100) -> Iterator[tuple[str, Callable[[],
         yield str(p), lambda p=p: (lambda *leaves: p(Inputs(*leaves)), list(inputs(DTYPES[p.dtype])))
 
 
-def variants(seed: int, count: int = 100) -> Iterator[tuple[str, Graph, Edit]]:
-    """All edits of all programs, in an order given by the seed."""
+class Variant(NamedTuple):
+    graph: Graph
+    edit: Edit
+
+    def check(self) -> Verdict:
+        return check(self.graph, self.edit)
+
+    def __str__(self) -> str:
+        return f"# {self.graph.name}\n# {self.edit}\n{edited(self.graph.gm, self.edit).code.strip()}\n"
+
+
+def programs(seed: int, count: int = 200, most: int = 12) -> Iterator[Variant]:
+    """Some edits of every program, in an order given by the seed."""
     rng = random.Random(seed)
     listed = list(sources(seed, count))
-    rng.shuffle(listed)
-    for name, make in listed:
-        fn, args = make()
-        try:
-            found = graphs(fn, fresh(args), name)
-        except Exception:  # eager refuses it, or Dynamo does
-            continue
-        for graph in found:
-            chosen = edits(graph.gm, rng)
-            rng.shuffle(chosen)
-            for edit in chosen:
-                yield f"{graph.name} {edit}", graph, edit
+    while True:
+        rng.shuffle(listed)
+        for name, make in listed:
+            fn, args = make()
+            try:
+                found = graphs(fn, fresh(args), name)
+            except Exception:  # eager refuses it, or Dynamo does
+                continue
+            for graph in found:
+                chosen = edits(graph.gm, rng)
+                for edit in rng.sample(chosen, min(most, len(chosen))):
+                    yield Variant(graph, edit)
