@@ -145,14 +145,18 @@ def _judge(fn: Fn, calls: Sequence[Sequence[Any]], options: dict[str, Any], narr
     except Exception as error:
         torch.set_grad_enabled(True)
         invalid = Verdict("invalid", _first_line(error))
-        if between is None:
-            return invalid
-        # Autograd forbids the change. Ours must too, or give what the backward gives without it.
+        # Autograd forbids a change in place. Ours must too, or give the outputs, and where the change comes after the
+        # call the gradients, of what stood there when it was read.
         try:
-            eager, valid = [t for args in calls for t in run(fn, fresh(args), grad, None, first)], False
+            later = between is not None
+            eager, valid = [t for args in calls for t in run(fn, fresh(args), grad and later, None, first)], False
         except Exception:
             torch.set_grad_enabled(True)
             return invalid
+        if len(calls) > 1 or not grad:
+            return invalid
+        if not later:
+            leaves += sum(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(list(calls[0])))
     try:
         ours, records = compiled(fn, calls, True, **options)
     except Exception as error:

@@ -38,7 +38,7 @@ INPUTS: dict[str, tuple[str, bool]] = {
     "y": ("ints(V, N)", False),
     "y3": ("ints(V, B, T)", False),
     "ignored": ("torch.where(rand(N) > 1, -100, ints(V, N))", False),
-    "ids": ("ints(N, 9)", False),
+    "ids": ("ints(N, N, 9)", False),
     "many": ("ints(V, N, 3)", False),
     "mask": ("rand(N, V) > 1", False),
     "mask_rows": ("rand(N) > 0.3", False),
@@ -110,7 +110,7 @@ class Text(NamedTuple):
         return "\n".join([f"def program({', '.join(self.names)}):", *lines])
 
     def functions(self) -> tuple[Fn, Fn | None]:
-        scope: dict[str, Any] = {"torch": torch, "F": F, "aten": torch.ops.aten}
+        scope: dict[str, Any] = {"torch": torch, "F": F, "aten": torch.ops.aten, "__name__": "user_code"}
         exec(f"{self.setup}\n{self._define()}", scope)
         if not self.between:
             return scope["program"], None
