@@ -77,6 +77,7 @@ CROSSING = (
 )  # fmt: skip
 # Statistics of a row, [N] or [B, T].
 STATS = (
+    "F.cross_entropy(z.movedim(-1, 1), {labels}, reduction='none')", "z.mT.logsumexp(-2)", "-z.mT.log_softmax(-2).gather(-2, {labels}.unsqueeze(-2)).squeeze(-2)",
     "-z.log_softmax(-1).gather(-1, {labels}[..., None])[..., 0]", "z.logsumexp(-1) - z.gather(-1, {labels}[..., None]).squeeze(-1)", "z.logsumexp(-1)",
     "F.cross_entropy(z.flatten(0, -2), {labels}.flatten(), reduction='none').view({labels}.shape)", "z.logsumexp(-1).square()", "z.amax(-1)", "z.sum(-1)",
     "-(z.softmax(-1) * z.log_softmax(-1)).sum(-1)", "z.softmax(-1).gather(-1, {labels}[..., None])[..., 0].log()", "z.mean(-1).square()", "z.std(-1)",
@@ -100,6 +101,7 @@ ENDS = (
 )  # fmt: skip
 # What ends a program without a statistic of ours.
 WHOLE = (
+    "F.cross_entropy(z.movedim(-1, 1), {labels})", "F.nll_loss(z.movedim(-1, 1).log_softmax(1), {labels}, reduction='sum')", "F.cross_entropy(z.movedim(-1, 1), {labels}, classes)",
     "F.cross_entropy(z.flatten(0, -2), {labels}.flatten())", "F.cross_entropy(z.flatten(0, -2), {labels}.flatten(), reduction='sum', ignore_index=3)",
     "F.cross_entropy(z.flatten(0, -2), {labels}.flatten(), label_smoothing=0.1)", "F.cross_entropy(z.flatten(0, -2), {labels}.flatten(), classes)",
     "F.nll_loss(z.log_softmax(-1).flatten(0, -2), {labels}.flatten())", "F.kl_div(z.log_softmax(-1), Q, log_target=True, reduction='batchmean')",
@@ -147,7 +149,7 @@ def _one(rng: random.Random) -> Text:
     crossing = rng.random() < CROSSING_ODDS
     places = [POINTWISE] * 4 + [BY_ROW] * 3 + [BY_CLASS] + [DETACHED]
     steps = [rng.choice(rng.choice(places)) for _ in range(rng.choice((0, 0, 1, 1, 2, 3)))]
-    if crossing and rng.random() < 0.7:
+    if crossing:
         steps.insert(rng.randint(0, len(steps)), rng.choice(CROSSING))
     dims = ("0", "0", "1", "-2") if shape.rows == "bt" else ("0", "0", "-2")
     for step in steps:

@@ -5,6 +5,7 @@ Failures that were found are kept as programs of test_never_wrong.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import argument_cases
@@ -13,11 +14,15 @@ import mutation_cases
 import opinfo_cases
 import pytest
 import row_programs
-from oracle import quiet
-from text_programs import Text
+import torch
+import torch.nn.functional as F
+from oracle import judge, quiet
+from text_programs import Text, make_inputs
+
+import lce_inductor
 
 SEED = 11
-QUICK = {argument_cases: 25, broadcast_cases: 15, mutation_cases: 25, opinfo_cases: 20, row_programs: 25}
+QUICK = {argument_cases: 18, broadcast_cases: 10, mutation_cases: 18, opinfo_cases: 14, row_programs: 18}
 PROGRAMS = [
     pytest.param(program, id=f"{module.__name__}-{i}")
     for module, count in QUICK.items()
@@ -41,13 +46,29 @@ def test_a_program_is_a_script_of_its_own(capsys):
     assert all(line.startswith("0.0 of") for line in lines)
 
 
-def test_the_judge_sees_a_wrong_program():
-    """A difference that only compiled code has is called wrong where torch.compile alone is right, else not."""
-    import torch
-    from oracle import judge
+FACTOR = [1.0]
 
+
+def _scaled(x, w):
+    return (F.linear(x, w) * FACTOR[0]).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("factor, kind", [(1.0, "right"), (1 + 1e-13, "inaccurate"), (1.001, "wrong"), (None, "crash")])
+def test_the_judge_tells_what_the_package_changes(factor, kind, monkeypatch):
+    @contextlib.contextmanager
+    def other(**settings):
+        FACTOR[0] = factor
+        try:
+            yield
+        finally:
+            FACTOR[0] = 1.0
+
+    monkeypatch.setattr(lce_inductor, "installed", other)
+    assert judge(_scaled, make_inputs(("x", "w"), torch.float64)).kind == kind
+
+
+def test_the_judge_lets_torch_deviate_alone():
     def fn(x, w):
-        return (torch.nn.functional.linear(x, w) * (2.0 if torch.compiler.is_compiling() else 1.0)).sum()
+        return (F.linear(x, w) * (2.0 if torch.compiler.is_compiling() else 1.0)).sum()
 
-    args = [torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)]
-    assert judge(fn, args).kind == "as torch"
+    assert judge(fn, make_inputs(("x", "w"), torch.float64)).kind == "as torch"

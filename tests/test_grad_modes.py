@@ -41,7 +41,7 @@ def test_rules(name):
         assert not verdict.failed, f"{edit}: {verdict}"
 
 
-@pytest.mark.parametrize("name", random.Random(1).sample([n for n in MAKERS if not n.startswith("rule")], 40))
+@pytest.mark.parametrize("name", random.Random(1).sample([n for n in MAKERS if not n.startswith("rule")], 25))
 def test_programs(name):
     """An edit of programs of the corpus and of random ones."""
     fn, args = MAKERS[name]()
