@@ -93,7 +93,7 @@ STATS = (
 ROW_MATHS = (
     "s * {weights}", "s * {mask}", "s.clamp(max=3.217)", "s.exp().clamp(max=5.1)", "torch.where({mask}, s, 0.0)", "s / {temp}", "s * s.detach()", "(s - s.detach()).exp()",
     "torch.minimum(s, {weights} + 0.3)", "s * {trained}", "s.square()", "F.logsigmoid(s)", "(1 - (-s).exp()) ** 2 * s", "s + {trained}", "s.masked_fill({mask}, 0.5)",
-    "torch.min((s - s.detach()).exp() * {weights}, (s - s.detach()).exp().clamp(0.8, 1.2) * {weights})", "s.abs()", "s * ({labels} != 3)", "s - s.mean()", "s.tanh()",
+    "torch.min((s - s.detach()).exp() * {weights}, (s - s.detach()).exp().clamp(0.8, 1.2) * {weights})", "s.abs()", "s * ({labels} != 3)", "s - 0.3 * s.mean()", "s.tanh()",
 )  # fmt: skip
 ENDS = (
     "s.mean()", "s.sum()", "(s * {weights}).sum() / {weights}.sum()", "s", "(s * {mask}).sum() / {mask}.sum()", "s.square().mean()", "s.sum() / {labels}.numel()", "s[{mask}].sum()",
