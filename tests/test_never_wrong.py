@@ -168,7 +168,7 @@ MUTATIONS = {
 PROGRAMS = {
     **{f"spelling: {k}": Text(v) for k, v in SPELLINGS.items()},
     **{f"target: {k}": Text(f"{Z}t = {v}\nreturn -(t * z.log_softmax(-1)).sum(-1).mean()") for k, v in TARGETS.items()},
-    **{f"kl target: {k}": Text(f"{Z}t = {v}\nreturn F.kl_div(z.log_softmax(-1), t + 0.01, reduction='sum')") for k, v in TARGETS.items()},
+    **{f"kl target: {k}": Text(f"{Z}t = {v}\nreturn F.kl_div(z.log_softmax(-1), t + 0.01, reduction='sum')") for k, v in TARGETS.items() if "scatter" in k},
     **{f"broadcast: {k}": Text(v) for k, v in BROADCASTS.items()},
     **{f"mode: {k}": Text(v) for k, v in MODES.items()},
     **{f"mutation: {k}": Text(v, setup=MUTATE if "lce_tests" in v else "") for k, v in MUTATIONS.items()},
