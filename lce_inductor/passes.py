@@ -12,11 +12,10 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from . import report, watch
+from . import regions, report, watch
 from .config import Config
 from .graph.backup import Backup
 from .ops import schema  # noqa: F401  (registers the ops)
-from .regions import rewrite
 from .schedule import schedule
 
 log = logging.getLogger("lce_inductor")
@@ -91,11 +90,13 @@ class SchedulePass(_Pass):
     stage = "schedule"
 
     def run(self, graph: Graph) -> None:
-        heads = rewrite(graph, self.config)
-        watch.saw(report.records_of(heads, self.config), self.config)
-        backup = Backup(graph)
-        try:
-            schedule(graph, self.config)
-        except Exception:
-            backup.restore()
-            raise
+        decision = regions.decide(graph, self.config)
+        if decision.chosen:
+            backup = Backup(graph)
+            try:
+                regions.apply(graph, decision, self.config)
+                schedule(graph, self.config)
+            except Exception:
+                backup.restore()
+                raise
+        watch.saw(report.records_of(list(decision.heads.values()), self.config), self.config)

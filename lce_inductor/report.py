@@ -148,21 +148,17 @@ def attach(name: str, data: Any) -> None:
 def records_of(heads: list[Any], config: Any) -> list[HeadRecord]:
     """Records of the heads of a graph that are worth telling about: rewritten, or refused where a loss reads them or
     they are returned as logits are."""
-    from .graph.values import source
-
     found = []
     for head in heads:
-        losses = tuple(dict.fromkeys(filter(None, map(source, head.losses))))
         refusal = head.refusal
         if refusal is not None and not head.losses and not _looks_like_logits(head):
             continue
-        value = head.node.meta["val"]
         chunks = head.chunks(config)
         found.append(
             HeadRecord(
-                source=source(head.node),
-                tokens="*".join(map(str, value.shape[:-1])),
-                classes=str(value.shape[-1]),
+                source=head.source,
+                tokens=head.tokens,
+                classes=head.classes,
                 logits_bytes=head.logits_bytes,
                 code=None if refusal is None else refusal.reason.code,
                 explanation="" if refusal is None else refusal.reason.explanation,
@@ -171,7 +167,7 @@ def records_of(heads: list[Any], config: Any) -> list[HeadRecord]:
                 replaced=tuple(head.replaced) if refusal is None else (),
                 inserted=tuple(head.inserted),
                 plan=f"{chunks.count} chunks of {chunks.rows} tokens",
-                losses=losses,
+                losses=tuple(head.losses),
                 trains=head.trains,
             )
         )

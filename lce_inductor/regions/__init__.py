@@ -13,8 +13,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph.backup import Backup
-from ..graph.values import device_type, numel_hint, size_hint
+from ..graph.values import device_type, numel_hint, size_hint, source
 from ..graph.write import finish
 from ..ops import regions as _ops  # noqa: F401  (registers the op)
 from ..ops.chunking import ChunkPlan, saves_little
@@ -26,6 +25,7 @@ from .heads import Head as Operands
 from .labels import Labels
 from .match import match
 from .region import Found, Region, find
+from .tags import is_one
 from .write import write
 from .write_fused import write_fused
 
@@ -34,61 +34,69 @@ log = logging.getLogger("lce_inductor")
 
 @dataclasses.dataclass
 class Head:
-    """What became of a product that makes logits: rewritten, with what stands for it now, or left alone."""
+    """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
+
+    Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint.
+    """
 
     node: Node
+    source: str
+    tokens: str
+    classes: str
+    sizes: tuple[int, int, int, int]
+    device: str
     refusal: Refusal | None = None
-    losses: list[Node] = dataclasses.field(default_factory=list)
+    losses: list[str] = dataclasses.field(default_factory=list)
     trains: bool = False
     replaced: list[str] = dataclasses.field(default_factory=list)
     inserted: list[str] = dataclasses.field(default_factory=list)
     tier: str = ""
-    returned: bool = False
+
+    @staticmethod
+    def of(node: Node) -> Head:
+        value, x = node.meta["val"], Operands.of(node).x.meta["val"]
+        sizes = numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
+        tokens = "*".join(str(s) for s in value.shape[:-1] if not is_one(s))
+        return Head(node, source(node), tokens, str(value.shape[-1]), sizes, device_type(node))
 
     @property
     def logits_bytes(self) -> int:
         """Bytes of the logits, by hint."""
-        value = self.node.meta["val"]
-        return numel_hint(value.shape) * int(value.dtype.itemsize)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """N, H, V and the bytes of a logit, by hint."""
-        value, x = self.node.meta["val"], Operands.of(self.node).x.meta["val"]
-        return numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
+        N, _, V, itemsize = self.sizes
+        return N * V * itemsize
 
     def chunks(self, config: Config) -> ChunkPlan:
         """How the op will cut the rows, by hint."""
-        return plan_chunks(
-            *self.sizes, config.chunk_tokens or 0, config.workspace_bytes, device=device_type(self.node)
-        )
+        return plan_chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, device=self.device)
 
 
-def rewrite(graph: Graph, config: Config) -> list[Head]:
-    """Rewrite every head of a joint graph (or one of inference) that can be; returns what was found.
+@dataclasses.dataclass
+class Decision:
+    """The heads of a graph, and the regions that will be written."""
 
-    Either the whole graph is rewritten as planned, or an exception leaves it exactly as it was.
-    """
+    found: Found
+    heads: dict[Node, Head]
+    chosen: list[Region]
+
+
+def decide(graph: Graph, config: Config) -> Decision:
+    """Which heads of a joint graph (or one of inference) are rewritten, and why others are not. Pure."""
     found = find(graph)
-    heads = {node: Head(node) for node in found.labels.sources}
+    heads = {node: Head.of(node) for node in found.labels.sources}
     for node, problem in found.problems.items():
         heads[node].refusal = refuse(problem.code, problem.node, problem.why)
     _describe(found, heads)
-    chosen = _worthwhile(found, heads, config)
-    if not chosen:
-        return list(heads.values())
-    backup = Backup(graph)
-    try:
-        for region in chosen:
-            made, tier = _write(graph, found.labels, region, config)
-            for node in region.heads:
-                heads[node].inserted = [n.format_node() or n.name for n in made]
-                heads[node].tier = tier
-        finish(graph)
-    except Exception:
-        backup.restore()
-        raise
-    return list(heads.values())
+    return Decision(found, heads, _worthwhile(found, heads, config))
+
+
+def apply(graph: Graph, decision: Decision, config: Config) -> None:
+    """Rewrite what was decided. An exception leaves the graph half-way: the caller has a copy of it."""
+    for region in decision.chosen:
+        made, tier = _write(graph, decision.found.labels, region, config)
+        for node in region.heads:
+            decision.heads[node].inserted = [n.format_node() or n.name for n in made]
+            decision.heads[node].tier = tier
+    finish(graph)
 
 
 def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tuple[list[Node], str]:
@@ -108,17 +116,17 @@ def _describe(found: Found, heads: dict[Node, Head]) -> None:
         parts = [*region.forward.values(), *region.backward.values()]
         nodes = [n for part in parts for n, _ in part.nodes if n not in labels.on_tangent]
         for head in region.heads:
-            heads[head].losses = list(dict.fromkeys(nodes))
+            heads[head].losses = list(filter(None, dict.fromkeys(map(source, nodes))))
             heads[head].replaced = [n.format_node() or n.name for n in (head, *nodes)]
     for node in labels.of:
         if labels.wide(node) and reads_as_loss(node):
-            for source in labels.heads_of(labels.of[node].space):
-                if heads[source].refusal is not None:
-                    heads[source].losses.append(node)
+            for head in labels.heads_of(labels.of[node].space):
+                if heads[head].refusal is not None and source(node) not in heads[head].losses:
+                    heads[head].losses.append(source(node))
     for sink in labels.sinks:
         if sink.node in labels.on_tangent:
-            for source in labels.heads_of(labels.of[sink.wide].space):
-                heads[source].trains = True
+            for head in labels.heads_of(labels.of[sink.wide].space):
+                heads[head].trains = True
 
 
 def reads_as_loss(node: Node) -> bool:
@@ -144,7 +152,7 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
     # Of several heads, torch.compile alone may hold the logits of all at once.
     if len(chosen) == 1 and len(chosen[0].heads) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None:
         head = heads[chosen[0].heads[0]]
-        if head.trains and not head.returned and _saves_little(found.labels, head, config):
+        if head.trains and _saves_little(found.labels, head, config):
             head.refusal = refuse("little-saved", head.node)
             return []
     return chosen
@@ -152,7 +160,7 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
 
 def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
     dw = any(s.kind == "dw" for s in labels.sinks)
-    return saves_little(head.chunks(config), *head.sizes, dw, device_type(head.node))
+    return saves_little(head.chunks(config), *head.sizes, dw, head.device)
 
 
-__all__ = ["Head", "find", "rewrite"]
+__all__ = ["Decision", "Head", "apply", "decide"]
