@@ -63,7 +63,7 @@ _lib.define(
     "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
     f"{_WITH_STATS}) -> {_STATS})"
 )
-_lib.define("once(Tensor tangent, Tensor leaf) -> Tensor")
+_lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 _lib.define(
     "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
     "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
@@ -239,9 +239,9 @@ def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError("lce_inductor has no second derivatives; torch.compile has none either")
 
 
-def _once(tangent: Tensor, leaf: Tensor) -> Tensor:
-    """The tangent, tied to a leaf that the backward has to save for it (see schedule/rewrite.py)."""
-    return tangent.clone()
+def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
+    """The value, and inputs that a backward has to save for it (see schedule/second.py)."""
+    return value.clone()
 
 
 for _name, _real, _fake in (
