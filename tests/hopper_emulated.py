@@ -78,6 +78,7 @@ class Product:
         assert 0 < a.group <= -(-a.rows // hopper.PAIR) and (a.splits - 1) * a.part < steps <= a.splits * a.part
         tiles = 2 * -(-a.rows // hopper.PAIR) * -(-a.columns // hopper.COLUMNS)
         arrived = _at(a.arrived, tiles, ctypes.c_int, torch.int32)
+        assert a.next == a.arrived - 4 and not _at(a.next, 1, ctypes.c_int, torch.int32)
         assert (arrived == a.before).all()
         arrived += a.splits
         out.copy_(e.float() @ weight.float())

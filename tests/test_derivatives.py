@@ -1,4 +1,4 @@
-"""Derivatives of other kinds than backward(): compiled autograd, grad in the graph, second, forward-mode, functorch."""
+"""Derivatives of other kinds than backward(): compiled autograd, grad in the graph, forward-mode, functorch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from harness import Compiled, fresh, head
 from test_torch_features import H, Model, batch, compare, grads, loss_of, quick
 from torch import Tensor
-
-import lce_inductor
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the compiled function"])
@@ -55,18 +53,6 @@ def test_grad_inside_the_compiled_function():
         return list(compile(step)(x, w, y))
 
     compare(train)
-
-
-@pytest.mark.parametrize("package", ["", "recompute", "auto"])
-def test_second_derivatives_are_an_error(package):
-    """torch.compile has none either, and the message says so."""
-    if package:
-        lce_inductor.install(min_logits_bytes=0, gradients=package)
-    x, w, y = head()
-    loss = quick(loss_of)(x, w, y)
-    (g,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"double backward|second derivatives"):
-        g.sum().backward()
 
 
 def tangent(run: Callable[..., Tensor], *args: Tensor) -> Tensor | None:
@@ -123,12 +109,14 @@ def test_functorch_is_refused_with_a_code(name, installed):
     assert compiled.refusals and set(compiled.refusals) <= {"layout", "no-loss"}
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "hessian", "jacrev of grad"])
 def test_functorch_around_a_compiled_function(transform, installed):
     x, w, y = (t.detach() for t in head())
     run = quick(loss_of)
     apply = {
         "grad": lambda f: torch.func.grad(f, argnums=(0, 1))(x, w, y),
         "vmap": lambda f: torch.func.vmap(f, in_dims=(0, None, 0))(x.view(2, 12, H), w, y.view(2, 12)),
+        "hessian": lambda f: torch.func.hessian(lambda x: f(x, w, y))(x),
+        "jacrev of grad": lambda f: torch.func.jacrev(torch.func.grad(lambda x: f(x, w, y)))(x),
     }[transform]
     torch.testing.assert_close(apply(run), apply(loss_of))

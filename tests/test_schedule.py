@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
-from lce_inductor.chain import takes_lists
 from lce_inductor.schedule import rewrite
 
 Fn = Callable[..., object]
@@ -474,8 +473,8 @@ def test_joint_graph_after_the_merge(installed):
     forward, backward = compiled.graphs
     assert forward.text.count("row_stats_with_grad") >= 1 and "row_stats_backward" not in forward.text
     lines = [line.strip() for line in backward.text.splitlines() if "call_function" in line or "return" in line]
-    if not takes_lists():  # torch before 2.13 has a tie of the tangent to the weight, against second derivatives
-        assert "lce_inductor.once.default](args = (%tangents_1, %primals_2)" in lines.pop(0)
+    # The tangent names the inputs, against second derivatives.
+    assert "lce_inductor.once.default](args = (%tangents_1, [%primals_1, %primals_2])" in lines.pop(0)
     body = "\n".join(lines).replace("%once_default", "%tangents_1")
     assert_expected_inline(
         body,
@@ -494,4 +493,4 @@ def test_the_forward_does_not_keep_the_inputs(installed):
     lines = [line.strip() for line in compiled.graphs[-1].text.splitlines() if "placeholder" in line]
     leaves = [line for line in lines if line.startswith("%primals")]
     assert len(lines) - len(leaves) == 3  # dX, dW, the tangent
-    assert len(leaves) == (0 if takes_lists() else 1)  # torch before 2.13: a tie to the parameter, which exists anyway
+    assert len(leaves) == 2  # the caller's own x and w: named against second derivatives

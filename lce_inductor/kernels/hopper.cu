@@ -8,7 +8,13 @@
 // hopper.py compiles this with NVRTC, behind hopper_common.cuh and one of hopper_logits.cuh, hopper_dx.cuh and hopper_dw.cuh,
 // which say where the operands come from and what f is.
 
-#ifndef PARTS  // each tile takes the whole inner dimension
+#ifndef PARTS  // each tile takes the whole inner dimension, and no cluster waits for another: tiles go round
+#define CLAIMED 0
+__device__ __forceinline__ void clear_claims(u32) {}
+__device__ __forceinline__ int claim(const Arguments&) { return 0; }
+__device__ __forceinline__ void publish(const Arguments&, u32, int, int, int) {}
+__device__ __forceinline__ int claimed(u32, int before, int i) { return i ? before + gridDim.x / 2 : blockIdx.x / 2; }
+__device__ __forceinline__ int claimed_by_warp(u32, int before, int i) { return claimed(0, before, i); }
 __device__ __forceinline__ int splits(const Arguments&) { return 1; }
 __device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs, int columns, int steps) {
     return tile_at(tile, pairs, columns, a.group, steps);
@@ -29,6 +35,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     auto empty = [&](int i) { return barriers + 8 * (STAGES + i); };
     auto turn = [&](int i) { return barriers + 8 * (2 * STAGES + i); };
     auto go = [&](int i) { return barriers + 8 * (2 * STAGES + 2 + i); };
+    const u32 claims = barriers + 8 * (2 * STAGES + 4);
+    static_assert(1024 + STAGES * STAGE_BYTES + STAGING_BYTES + 8 * (2 * STAGES + 4 + CLAIMED) == SHARED_BYTES,
+                  "shared memory is not what the host gives");
 
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // for the compiler: the same in all of a warp
     const u32 rank = cluster_rank();
@@ -40,6 +49,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         FOR(i, 2) barrier_init(turn(i), 1), barrier_init(go(i), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    clear_claims(claims);
     cluster_sync();
 
     const int pairs = (a.rows + 2 * BM - 1) / (2 * BM), columns = (a.columns + BN - 1) / BN;
@@ -49,7 +59,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
             u32 stage = 0, parity = 1;  // a fresh barrier counts as one whose odd phase is over
-            for (int tile = blockIdx.x / 2; tile < count; tile += gridDim.x / 2) {
+            if (rank == 0) publish(a, claims, 0, claim(a), count);
+            for (int i = 0, tile = claimed(claims, 0, 0); tile < count; tile = claimed(claims, tile, ++i)) {
+                const int ahead = rank == 0 ? claim(a) : 0;  // comes while this tile is fetched
                 const Tile t = part_at(a, tile, pairs, columns, steps);
                 if (!wanted(a, t.m)) continue;
                 const int m = t.m + rank * BM;
@@ -61,6 +73,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                     fetch_stage(a, &a_map, &b_map, to_a, to_b, m, t.n, k * DEPTH, rank, full(stage));
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
+                if (rank == 0) publish(a, claims, i + 1, ahead, count);
             }
         }
     } else {
@@ -71,7 +84,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         constexpr u32 B16 = TRANSPOSED_B ? 16 * 128 : 16 * 2, B_APART = TRANSPOSED_B ? DEPTH * 128 : 0;
         u32 step = 0;   // stages before this tile, of both warpgroups
         int index = 0;  // tiles before this one, of both
-        for (int tile = blockIdx.x / 2; tile < count; tile += gridDim.x / 2) {
+        int i = 0;
+        for (int tile = claimed_by_warp(claims, 0, 0); tile < count; tile = claimed_by_warp(claims, tile, ++i)) {
             const Tile t = part_at(a, tile, pairs, columns, steps);
             if (!wanted(a, t.m)) continue;
             if ((index++ & 1) != mine) {

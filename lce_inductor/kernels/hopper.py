@@ -27,6 +27,7 @@ from torch import Tensor
 from ..ops.chunking import ceil_div
 from ..ops.epilogue import Steps
 from . import nvrtc, tuning
+from .hopper_arguments import DwArguments, DxArguments, LogitsArguments, RowsArguments
 from .hopper_source import COLUMNS, DEPTH, ROWS, Variant, rows_source, source
 
 if TYPE_CHECKING:
@@ -44,48 +45,6 @@ _MOST_PARTS = 8  # of the inner dimension, in the product for dX
 def _group(pairs: int) -> int:
     """The same number of pairs for each group, up to _GROUP of them."""
     return ceil_div(pairs, ceil_div(pairs, _GROUP))
-
-
-_INT, _LONG, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
-
-
-def _fields(text: str) -> tuple[tuple[str, type], ...]:
-    """Fields of a struct in the order of the .cuh file, given as "name name kind, name kind"."""
-    kinds = {"int": _INT, "i64": _LONG, "ptr": _POINTER, "float": _FLOAT}
-    return tuple((name, kinds[kind]) for names, kind in (part.rsplit(" ", 1) for part in text.split(", "))
-                 for name in names.split(" "))  # fmt: skip
-
-
-class LogitsArguments(ctypes.Structure):
-    """`Arguments` of hopper_logits.cuh."""
-
-    _fields_ = _fields(
-        "rows columns inner row0 group int, anchor bias target ptr, stride_t i64, sums maxima ptr, part_stride i64, "
-        "row_max flag found ptr"
-    )
-
-
-class DwArguments(ctypes.Structure):
-    """`Arguments` of hopper_dw.cuh."""
-
-    _fields_ = _fields("rows columns inner group accumulate int")
-
-
-class DxArguments(ctypes.Structure):
-    """`Arguments` of hopper_dx.cuh."""
-
-    _fields_ = _fields("rows columns inner group splits part before int, arrived ptr")
-
-
-class RowsArguments(ctypes.Structure):
-    """`Arguments` of hopper_rows.cuh."""
-
-    _fields_ = _fields(
-        "N H V row0 rows samples tiles marks int, x weight ptr, stride_x stride_w i64, bias target ptr, stride_t i64, "
-        "anchor raw target_logit class_sum shift sum_logits sums maxima ptr, part_stride i64, "
-        "row_max flag found marked lse g_lse g_slope g_target g_sum ptr, stride_gl stride_gs stride_gt stride_g i64, "
-        "u d product e ptr, row_stride i64, tail int, slope float, dx xs dw db key order ends ptr"
-    )
 
 
 _CROSS_ENTROPY = Variant(frozenset({"STORE", "SUM", "HAS_TARGET"}))
@@ -269,7 +228,7 @@ class Launches:
     def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
         r = self._rows
         r.row0, r.rows, r.found = row0, n, self._found(row0)
-        flags = _INT(h.known), _INT(redo)
+        flags = ctypes.c_int(h.known), ctypes.c_int(redo)
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
     def product(self, h: Head, n: int) -> bool:
@@ -356,8 +315,8 @@ def _even(tiles: int, at_once: int) -> float:
 
 
 def counts_of_dx(n: int, H: int) -> int:
-    """One for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns."""
-    return 2 * ceil_div(n, PAIR) * ceil_div(H, COLUMNS)
+    """What is claimed; then one for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns."""
+    return 1 + 2 * ceil_div(n, PAIR) * ceil_div(H, COLUMNS)
 
 
 @functools.lru_cache(maxsize=256)
@@ -369,21 +328,21 @@ def beats_library_at_dx(n: int, H: int, V: int, clusters: int) -> bool:
     return ours
 
 
-def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, arrived: int, before: int) -> int:
-    """out = E @ weight on the current stream and device; returns by how much it raises each number at `arrived`.
+def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, counts: int, before: int) -> int:
+    """out = E @ weight on the current stream and device; returns by how much it raises each of `counts` but the first.
 
     Args:
         kernel: of `products` for the device and the dtype of e and weight.
         out: [n, H], fp32; e: [n, at least V], weight: [V, H]. Rows are 16-byte aligned.
-        arrived: address of counts_of_dx numbers, int32.
-        before: what those numbers are when the product begins.
+        counts: address of counts_of_dx numbers, int32, for this stream alone. The first is 0.
+        before: what the others are when the product begins.
     """
     nvrtc.need_context()
     (n, H), V, most = out.shape, weight.shape[0], clusters(out.device)
     pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, DEPTH), parts_of_dx(n, H, V, most).count
     a = DxArguments(
         rows=n, columns=H, inner=V, group=_group(pairs), splits=parts,
-        part=ceil_div(steps, parts), before=before, arrived=arrived,
+        part=ceil_div(steps, parts), before=before, next=counts, arrived=counts + ctypes.sizeof(ctypes.c_int),
     )  # fmt: skip
     maps = (
         nvrtc.tensor_map(e[:, :V], n, ROWS),

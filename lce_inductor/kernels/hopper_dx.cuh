@@ -2,10 +2,13 @@
 //
 // A chunk has few tiles and each takes all V classes: they rarely come out even on the GPU's multiprocessors. So the classes
 // are cut into `splits` parts, one part of all tiles after another, and a part waits until the one before it has added its
-// sums: the order is always the same, and so are the bits. The part that is waited for was begun long ago: clusters begin in
-// rising order, each takes its parts in rising order and waits for lower ones only, so that the lowest is never held up.
+// sums: the order is always the same, and so are the bits.
+//
+// Which cluster computes a part makes no difference to that, and is not fixed: each running cluster claims the lowest one
+// that is left. So a part waits for lower ones only, which running clusters have and take in rising order: the lowest that
+// is unfinished is never held up, however few clusters the GPU has room for beside other work.
 
-#define PARTS  // of the inner dimension: splits(), part_at() and announce() are here
+#define PARTS  // of the inner dimension: splits(), part_at(), announce() and what is claimed are here
 
 constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = true;  // E is K-major, weight N-major
 constexpr int STAGING_BYTES = WIDE_BYTES;
@@ -15,6 +18,7 @@ struct Arguments {
     int group;                 // pairs of row tiles that share columns
     int splits, part;          // parts of the inner dimension, steps of each; the last may have fewer
     int before;                // what `arrived` holds before this launch
+    int* next;                 // the lowest part that nobody has claimed; 0 before a launch and after it
     int* arrived;              // [row tiles, column tiles]: parts of a tile that have been added
 };
 
@@ -28,6 +32,45 @@ __device__ __forceinline__ Tile part_at(const Arguments& a, int tile, int pairs,
     t.k = tile / tiles * a.part;
     t.steps = min(a.part, steps - t.k);
     return t;
+}
+
+// What the cluster has claimed, in each block's shared memory for every warp that needs to know: its i-th item beside i + 1,
+// so that one load tells both. Nobody is waited for before an entry is used again: a warp that is yet to read item i has
+// taken part in nothing later. Of what comes after i, only the other warpgroup's next item can be over, and each of the
+// others has a stage or waits for one: what is being fetched is at most i + 1 + STAGES, and one more is claimed ahead.
+static_assert(CLAIMED >= STAGES + 3, "an item would be overwritten before it is read");
+
+__device__ __forceinline__ void clear_claims(u32 claims) {
+    if (threadIdx.x < CLAIMED) asm volatile("st.shared.b64 [%0], %1;" ::"r"(claims + 8 * threadIdx.x), "l"(0ull) : "memory");
+}
+
+__device__ __forceinline__ int claim(const Arguments& a) { return atomicAdd(a.next, 1); }
+
+// Each cluster claims once beyond the last item. Whoever is last of all to do so leaves the counter as it was.
+__device__ __forceinline__ void publish(const Arguments& a, u32 claims, int i, int item, int count) {
+    if (item == count + (int)gridDim.x / 2 - 1) *a.next = 0;
+    FOR(block, 2)
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.relaxed.cluster.shared::cluster.b64 [there], %2;\n}" ::"r"(claims + i % CLAIMED * 8),
+        "r"(block), "l"((u64)(i + 1) << 32 | (u32)item)
+        : "memory");
+}
+
+__device__ __forceinline__ int claimed(u32 claims, int, int i) {
+    u64 found;
+    do
+        asm volatile("ld.relaxed.cluster.shared::cta.b64 %0, [%1];" : "=l"(found) : "r"(claims + i % CLAIMED * 8) : "memory");
+    while ((int)(found >> 32) != i + 1);
+    return (int)(u32)found;
+}
+
+// The same for a whole warp, and for the compiler: the same in all of it.
+__device__ __forceinline__ int claimed_by_warp(u32 claims, int, int i) {
+    int item = 0;
+    if (threadIdx.x % 32 == 0) item = claimed(claims, 0, i);
+    return __shfl_sync(0xffffffff, item, 0);
 }
 
 // A step of both operands: 64 classes of 128 rows of E, and this block's half of as many rows of weight.

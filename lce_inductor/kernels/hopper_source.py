@@ -7,9 +7,13 @@ import pathlib
 from typing import NamedTuple
 
 from ..ops.epilogue import Steps, reciprocal
+from . import nvrtc
+from .hopper_arguments import DwArguments, DxArguments, LogitsArguments, RowsArguments, assertions
 
 ROWS, COLUMNS = 128, 192  # of a tile
 DEPTH = 64  # of the inner dimension, in one step
+CLAIMED = 16  # items that a cluster of the product for dX keeps in mind
+_ARGUMENTS = {"logits": LogitsArguments, "dx": DxArguments, "dw": DwArguments}
 _FLAGS = ("STORE", "SUM", "REDO", "PLAIN", "HALF", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
 
 
@@ -51,25 +55,27 @@ class Variant(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        stage = (ROWS + COLUMNS) * DEPTH * 2
-        return 1024 + self.stages * stage + self.staging_bytes + 8 * (2 * self.stages + 4)
+        stage, claimed = (ROWS + COLUMNS) * DEPTH * 2, CLAIMED if self.product == "dx" else 0
+        return 1024 + self.stages * stage + self.staging_bytes + 8 * (2 * self.stages + 4 + claimed)
 
 
 def source(variant: Variant) -> str:
     """The text of a product that NVRTC compiles."""
     defines = {flag: int(flag in variant.flags) for flag in _FLAGS} | {
-        "BN": COLUMNS, "STAGES": variant.stages, "NAME": variant.name,
+        "BN": COLUMNS, "STAGES": variant.stages, "NAME": variant.name, "SHARED_BYTES": variant.shared_bytes,
+        **({"CLAIMED": CLAIMED} if variant.product == "dx" else {}),
     }  # fmt: skip
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     wide = [] if variant.product == "logits" else ["hopper_wide.cuh"]
     common, *files = map(_file, ("hopper_common.cuh", *wide, f"hopper_{variant.product}.cuh", "hopper.cu"))
     steps = _epilogue(variant.steps, exact=False)
-    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, *files])
+    layouts = assertions("Arguments", _ARGUMENTS[variant.product]) + assertions("TensorMap", nvrtc.TensorMap)
+    return "\n".join([*lines, _wgmma(COLUMNS, variant), common, steps, *files, layouts])
 
 
 def rows_source(steps: Steps) -> str:
     """The text of the small kernels."""
-    return _epilogue(steps, exact=True) + "\n" + _file("hopper_rows.cuh")
+    return "\n".join([_epilogue(steps, exact=True), _file("hopper_rows.cuh"), assertions("Arguments", RowsArguments)])
 
 
 @functools.cache

@@ -63,7 +63,7 @@ _lib.define(
     "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
     f"{_WITH_STATS}) -> {_STATS})"
 )
-_lib.define("once(Tensor tangent, Tensor leaf) -> Tensor")
+_lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 _lib.define(
     "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
     "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
@@ -104,8 +104,9 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
-    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
+    _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
+    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     dx, dw, db = _impl(x.is_cuda).backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
@@ -116,9 +117,9 @@ def _row_stats_with_grad(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
-    check_inputs(x, weight, bias, target, class_weight)
-    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
+    check_inputs(x, weight, bias, target, class_weight, grads)
+    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     with torch._C._AutoDispatchBelowAutograd():
         found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
@@ -130,9 +131,15 @@ def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def check_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, class_weight: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    grads: RowGrads | None = None,
 ) -> None:
     """Raise a RuntimeError that names the argument, what came and what is allowed."""
+    _check_devices(x, weight, bias, target, class_weight, grads)
     if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in (x, weight, bias)):
         raise NotImplementedError("lce_inductor has no forward-mode derivatives; torch.compile has none either")
     if x.dim() != 2 or weight.dim() != 2:
@@ -149,6 +156,26 @@ def check_inputs(
         raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise RuntimeError(f"class_weight must have shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+
+
+_HEAD_NAMES = ("weight", "bias", "target", "class_weight", "lse", "neg_entropy")
+
+
+def _check_devices(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    grads: RowGrads | None = None,
+    *statistics: Tensor | None,
+) -> None:
+    """The same for devices: a kernel is given addresses, and would read another device's."""
+    here = x.device
+    for i, t in enumerate((weight, bias, target, class_weight, *statistics, *(grads or ()))):
+        if t is not None and t.device != here:
+            names = (*_HEAD_NAMES[: 4 + len(statistics)], *(f"g_{field}" for field in RowGrads._fields))
+            raise RuntimeError(f"{names[i]} must be on the device of x, {here}, got {t.device}")
 
 
 def _has_tangent(t: Tensor) -> bool:
@@ -181,6 +208,7 @@ def _fake_grads(  # type: ignore[no-untyped-def]
 
 
 def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
+    _check_devices(x, weight, bias, target, class_weight)
     return tuple(_fake_stats(x, target, stats))
 
 
@@ -188,6 +216,8 @@ def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
     epilogue, chunk_tokens, workspace_bytes, output_mask,
 ):  # fmt: skip
+    grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
+    _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
     return _fake_grads(x, weight, bias, output_mask, None)
 
 
@@ -195,6 +225,8 @@ def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
     epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
 ):  # fmt: skip
+    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
+    _check_devices(x, weight, bias, target, class_weight, grads)
     return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
@@ -239,9 +271,9 @@ def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError("lce_inductor has no second derivatives; torch.compile has none either")
 
 
-def _once(tangent: Tensor, leaf: Tensor) -> Tensor:
-    """The tangent, tied to a leaf that the backward has to save for it (see schedule/rewrite.py)."""
-    return tangent.clone()
+def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
+    """The value, and inputs that a backward has to save for it (see schedule/second.py)."""
+    return value.clone()
 
 
 for _name, _real, _fake in (

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph.write import Writer
+from ..schedule import second
 from .facts import Crossing
 from .heads import Head
 from .labels import Labels
@@ -96,7 +97,7 @@ def _call(
         xs.append(x_moved)
         weights.append(two(writer, now(weight)))
         biases.append(bias if bias is None else now(bias))
-    given = [rows(writer, what, space, now) for what in emitter.given["rows"]]
+    given = [_naming_inputs(writer, labels, what, forward, values, rows(writer, what, space, now)) for what in emitter.given["rows"]]
     whole = [now(what[0]) for what in emitter.given["whole"]]
     matrices = [two(writer, now(m)) for m in emitter.matrices]
     return writer.call(
@@ -109,6 +110,16 @@ def _call(
 def two(writer: Writer, node: Node) -> Node:
     """A matrix, without a batch of one."""
     return writer.call(aten.squeeze.dim, node, 0) if len(shape_of(node) or ()) == 3 else node
+
+
+def _naming_inputs(
+    writer: Writer, labels: Labels, what: Any, forward: bool, values: dict[Node, Node], value: Node
+) -> Node:
+    """What a backward reads of the tangent names the inputs behind the head: see schedule/second.py."""
+    if forward or what[0] not in labels.on_tangent or not (inputs := second.inputs_of([*labels.sources, value])):
+        return value
+    second.register_lowering()
+    return writer.call(torch.ops.lce_inductor.once.default, value, inputs)
 
 
 def rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) -> Node:
@@ -213,6 +224,9 @@ class Copies:
             (root,) = region.tangent.roots
             value = root.meta["val"]
             self.tangent = root if value.dim() == 0 else writer.call(aten.reshape.default, root, [])
+            if inputs := second.inputs_of(region.heads):
+                second.register_lowering()
+                self.tangent = writer.call(torch.ops.lce_inductor.once.default, self.tangent, inputs)
             self.of[root] = writer.call(
                 aten.full.default, list(value.shape), 1, dtype=value.dtype, device=value.device
             )

@@ -30,12 +30,14 @@ def schedule(graph: Graph, config: Config) -> None:
         if config.gradients == "recompute":
             report.count("gradients:recompute")
             log.debug("%s: gradients recompute the logits (4 products): gradients='recompute'", name)
+            rewrite.recompute(graph, forward, backward)
             continue
         gradients = row_gradients(graph, forward, backward)
         if isinstance(gradients, Illegal):
             report.count("gradients:recompute")
             level = logging.WARNING if config.gradients == "forward" else logging.DEBUG
             log.log(level, "%s: gradients recompute the logits (4 products): %s", name, gradients.why)
+            rewrite.recompute(graph, forward, backward)
             continue
         rewrite.merge(graph, forward, backward, gradients)
         report.count("gradients:forward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..chain import takes_lists
 from ..graph.values import size_hint
 from ..ops.chunking import plan
-from .tangents import HEAD_ARGS, RowGradients
+from . import second
+from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -52,11 +53,7 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     for result in merged.users:
         _must_save(result, merged)
 
-    tangent = found.tangent
-    leaf = None if takes_lists() else _leaf(merged.args[1] if mask[1] else merged.args[0])  # type: ignore[index]
-    if leaf is not None:
-        with graph.inserting_before(backward):
-            tangent = _Writer(graph, None).call(ops.once.default, tangent, leaf)
+    tangent = _named(graph, backward, found.tangent, merged.args)
     # dW before dX: each exists twice while it is scaled, and the larger one shall be alone.
     users = [(int(user.args[1]), user) for user in backward.users]  # type: ignore[arg-type]
     for index, user in sorted(users, key=lambda pair: -pair[0]):
@@ -83,19 +80,22 @@ def _is_summed_wide(x: torch.Tensor, weight: torch.Tensor, chunk_tokens: int, wo
     return plan(N, H, V, x.itemsize, chunk_tokens, workspace_bytes, device="cuda").count > 1
 
 
-def _leaf(differentiated: Any) -> Node | None:
-    """The input of the graph behind a weight (or x) that takes a gradient.
+def recompute(graph: Graph, forward: Node, backward: Node) -> None:
+    """Leave the gradients to the backward. What it saves may be made from the inputs, and is not the inputs then."""
+    position = next((i for i in ROW_GRADIENTS.values() if isinstance(backward.args[i], Node)), None)
+    if position is not None:
+        gradient = backward.args[position]
+        backward.update_arg(position, _named(graph, backward, gradient, (*forward.args, *backward.args)))  # type: ignore[arg-type]
 
-    Before torch 2.13, AOTAutograd knows a second derivative by what the backward has saved: only if that takes a
-    gradient does it raise. Our dX and dW do not, so one such input has to be among it.
-    """
-    todo = [differentiated]
-    for node in todo:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
-            return node  # type: ignore[no-any-return]
-        todo += [n for n in node.all_input_nodes if n not in todo]
-    return None
+
+def _named(graph: Graph, point: Node, value: Node, sources: Iterable[Any]) -> Node:
+    """The value, which the backward has anyway, naming the inputs behind `sources` to it (see second.py)."""
+    inputs = second.inputs_of(sources)
+    if not inputs:
+        return value
+    second.register_lowering()
+    with graph.inserting_before(point):
+        return _Writer(graph, None).call(ops.once.default, value, inputs)
 
 
 def _must_save(node: Node, source: Node) -> None:
