@@ -128,7 +128,7 @@ def settings_in(found: dict[str, Any]) -> Config | None:
 def _passes(config: Config) -> dict[str, Any]:
     from . import passes
 
-    return {"pre_grad_custom_pass": passes.RecognizePass(config), "joint_custom_pre_pass": passes.SchedulePass(config)}
+    return {"pre_grad_custom_pass": passes.DeferPass(config), "joint_custom_pre_pass": passes.HeadsPass(config)}
 
 
 def _items(value: Any) -> list[Any]:

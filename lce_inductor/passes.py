@@ -63,14 +63,15 @@ class _Pass(CustomGraphPass):
         raise NotImplementedError
 
 
-class RecognizePass(_Pass):
-    """Pre-grad: linear -> loss becomes head_stats and arithmetic on its rows.
+class DeferPass(_Pass):
+    """Pre-grad: logits that are returned beside a loss are not computed before somebody reads them.
 
-    z = linear(h, w)               stats = head_stats(h, w, None, [y], ...)
-    loss = cross_entropy(z, y)     loss = lce_inductor.cross_entropy(stats[0], ...)
+    z = linear(h, w)               z = linear(h, w)
+    loss = cross_entropy(z, y)     loss = cross_entropy(z, y)
+    return loss, z                 return loss, defer_logits(h, w, None, ...)
     """
 
-    stage = "recognize"
+    stage = "defer"
 
     def uuid(self) -> Any:
         watch.begin(self.config)  # a cache asks for its key: from torch 2.12 on, the pass may not run after that
@@ -80,14 +81,15 @@ class RecognizePass(_Pass):
         pass
 
 
-class SchedulePass(_Pass):
-    """Joint graph: where it is legal, gradients move into the forward.
+class HeadsPass(_Pass):
+    """Joint graph: heads are found as regions and computed chunk by chunk; where it is legal, gradients with them.
 
-    lse, ... = row_stats(x, w, ...)             lse, ..., dx1, dw1 = row_stats_with_grad(x, w, ..., g1)
-    dx, dw = row_stats_backward(x, w, ..., g)   dx, dw = dx1 * tangent, dw1 * tangent
+    z = mm(x, w); ...; loss = ...      lse, target_logit, ..., dx1, dw1 = row_stats_with_grad(x, w, y, ...); loss = ...
+    dz = ...; dx = mm(dz, w.t())       dx = dx1 * tangent
+    dw = mm(dz.t(), x)                 dw = dw1 * tangent
     """
 
-    stage = "schedule"
+    stage = "heads"
 
     def run(self, graph: Graph) -> None:
         decision = regions.decide(graph, self.config)

@@ -225,7 +225,7 @@ def test_logits_used_by_something_else():
 
 def test_dtype(monkeypatch):
     """No dtype that the op does not take has a matrix product on the CPU, so the op takes fewer here."""
-    monkeypatch.setattr("lce_inductor.recognize.rules_head.DTYPES", (torch.float64,))
+    monkeypatch.setattr("lce_inductor.regions.rules_head.DTYPES", (torch.float64,))
     found = told(step, *head())
     assert codes(found) == ["dtype"] and "torch.float32" in found.records[0].stop
     assert found.records[0].hint == "cast the head's inputs to one supported dtype"
