@@ -15,8 +15,9 @@ from torch.fx import Graph
 from . import regions, report, watch
 from .config import Config
 from .graph.backup import Backup
+from .graph.write import drop_dead, sort
 from .ops import schema  # noqa: F401  (registers the ops)
-from .schedule import schedule
+from .schedule import move
 
 log = logging.getLogger("lce_inductor")
 
@@ -97,8 +98,11 @@ class HeadsPass(_Pass):
             backup = Backup(graph)
             try:
                 regions.apply(graph, decision, self.config)
-                schedule(graph, self.config)
+                if move(graph, self.config):
+                    sort(graph)
+                graph.lint()
             except Exception:
                 backup.restore()
                 raise
+            drop_dead(graph)
         watch.saw(report.records_of(list(decision.heads.values()), self.config), self.config)

@@ -117,12 +117,15 @@ def fake_mode(values: Any) -> Any:
     return mode if mode is not None else contextlib.nullcontext()
 
 
-def finish(graph: Graph) -> None:
-    """Values may stand behind what now reads them: sort, and drop what nobody reads."""
+def sort(graph: Graph) -> None:
+    """Values may stand behind what now reads them."""
     stable_topological_sort(graph)
     last = next(iter(reversed(graph.nodes)))
     output = next(iter(graph.find_nodes(op="output")))
     if output is not last:  # the sort may leave nodes behind it that nothing reads
         last.append(output)
+
+
+def drop_dead(graph: Graph) -> None:
+    """Erase what nobody reads. The last step of a pass: there is no way back from it."""
     graph.eliminate_dead_code()
-    graph.lint()

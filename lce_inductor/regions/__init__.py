@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph.values import device_type, numel_hint, size_hint, source
-from ..graph.write import finish
+from ..graph.write import sort
 from ..ops import regions as _ops  # noqa: F401  (registers the op)
 from ..ops.chunking import ChunkPlan, saves_little
 from ..ops.chunking import plan as plan_chunks
@@ -90,13 +90,16 @@ def decide(graph: Graph, config: Config) -> Decision:
 
 
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
-    """Rewrite what was decided. An exception leaves the graph half-way: the caller has a copy of it."""
+    """Rewrite what was decided. An exception leaves the graph half-way: the caller can go back.
+
+    What nobody reads any more is still there: see graph/write.py.
+    """
     for region in decision.chosen:
         made, tier = _write(graph, decision.found.labels, region, config)
         for node in region.heads:
             decision.heads[node].inserted = [n.format_node() or n.name for n in made]
             decision.heads[node].tier = tier
-    finish(graph)
+    sort(graph)
 
 
 def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tuple[list[Node], str]:

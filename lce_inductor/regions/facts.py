@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.inductor_prims  # registers ops of joint graphs
 from torch.fx import Node
 
 from .tags import LOCAL, ONE, ROW, is_one, position, same_size, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+FMA = getattr(getattr(prims, "fma", None), "default", None)  # Inductor's; a * b + c
 
 Map = list[int | None]
 
@@ -104,11 +106,15 @@ def pointwise(node: Node) -> Fact:
 
 
 rule(
-    aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, prims.convert_element_type.default, prims.fma.default,
+    aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, prims.convert_element_type.default,
     aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.copy.default,
     aten.lift_fresh_copy.default, aten.clamp.default, aten.clamp.Tensor, aten.full_like.default, aten.zeros_like.default,
     aten.ones_like.default, aten.nan_to_num.default, aten.relu.default, aten.erf.default, aten.logical_not.default,
 )(pointwise)  # fmt: skip
+
+
+if FMA is not None:
+    rule(FMA)(pointwise)
 
 
 def _reduce(dim_name: str = "dim", keep_name: str = "keepdim", always: bool = False) -> Rule:

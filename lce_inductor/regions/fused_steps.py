@@ -8,6 +8,7 @@ import torch
 
 from . import algebra
 from .algebra import Poly
+from .facts import FMA
 from .fused import (
     ONE,
     Class,
@@ -307,6 +308,6 @@ def permute(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return args[0]  # of a batch of one
 
 
-@step(prims.fma.default)
+@step(*filter(None, [FMA]))
 def fma(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return _sum(e, mul(e, args[:2], {}), args[2], 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .facts import Crossing
+from .facts import FMA, Crossing
 from .labels import Labels, is_zero
 from .tags import is_one, shape_of
 
@@ -81,7 +81,7 @@ class Tangent:
             return [a for a in args[0] if self._on(a)]  # type: ignore[union-attr]
         if getattr(target, "__name__", "") == "getitem":
             return [args[0]]  # type: ignore[list-item]
-        if target is prims.fma.default:  # a * b + c
+        if target is FMA and FMA is not None:  # a * b + c
             a, b, c = args
             if self._on(a) != self._on(b) and (self._on(c) or is_zero(c)):
                 return [x for x in args if self._on(x)]  # type: ignore[misc]

@@ -11,6 +11,7 @@ from torch.fx import Graph
 
 from .. import report
 from ..config import Config
+from ..graph.write import drop_dead, sort
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
 from .tangents import Illegal, heads_of, row_gradients
@@ -19,10 +20,18 @@ log = logging.getLogger("lce_inductor")
 
 
 def schedule(graph: Graph, config: Config) -> None:
-    """Move the gradients of every head whose backward allows it into its forward.
+    """move(), and what nobody reads any more is dropped."""
+    if move(graph, config):
+        sort(graph)
+        graph.lint()
+        drop_dead(graph)
+
+
+def move(graph: Graph, config: Config) -> bool:
+    """Move the gradients of every head whose backward allows it into its forward; was there any head?
 
     Heads are independent of each other: each is decided and rewritten on its own. Without a backward
-    (inference) there is nothing to do.
+    (inference) there is nothing to do. The graph is not in order afterwards.
     """
     found = heads_of(graph)
     for forward, backward in found:
@@ -42,5 +51,4 @@ def schedule(graph: Graph, config: Config) -> None:
         rewrite.merge(graph, forward, backward, gradients)
         report.count("gradients:forward")
         log.debug("%s: gradients are computed in the forward (3 products)", name)
-    if found:
-        rewrite.finish(graph)
+    return bool(found)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..graph.values import size_hint
+from ..graph.write import fake_mode
 from ..ops.chunking import plan
 from . import second
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
@@ -155,7 +155,7 @@ class _Writer:
             keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
             node.meta = {k: v for k, v in self.point.meta.items() if k in keep}
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with _fake_mode(values):
+        with fake_mode(values):
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
@@ -173,29 +173,3 @@ class _Writer:
         one = self.call(aten.full.default, [], 1, dtype=first.dtype, device=first.device)
         scale = self.call(aten.where.self, self.call(aten.eq.Scalar, top, 0), one, power)
         return [*(None if g is None else self.call(aten.div.Tensor, g, scale) for g in grads), scale]
-
-
-def _fake_mode(values: Any) -> Any:
-    from torch._guards import detect_fake_mode
-
-    flat = torch.utils._pytree.tree_leaves(values)
-    mode = detect_fake_mode([v for v in flat if isinstance(v, torch.Tensor)])
-    if mode is None:
-        from torch._guards import TracingContext
-
-        context = TracingContext.try_get()
-        mode = context.fake_mode if context is not None else None
-    import contextlib
-
-    return mode if mode is not None else contextlib.nullcontext()
-
-
-def finish(graph: Graph) -> None:
-    """Coefficients may stand after the head that now reads them: sort, and drop the formulas nobody reads."""
-    stable_topological_sort(graph)
-    last = next(iter(reversed(graph.nodes)))
-    output = next(iter(graph.find_nodes(op="output")))
-    if output is not last:  # the sort may leave nodes behind it that nothing reads
-        last.append(output)
-    graph.eliminate_dead_code()
-    graph.lint()
