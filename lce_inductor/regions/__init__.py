@@ -23,7 +23,7 @@ from .facts import Crossing
 from .fused import NotFused
 from .heads import Head as Operands
 from .labels import Labels
-from .match import match
+from .match import fused_calls
 from .region import Found, Region, find
 from .tags import is_one
 from .write import write
@@ -105,7 +105,7 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
 def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tuple[list[Node], str]:
     """By the fused kernels where they compute the region, else by its own program."""
     try:
-        matches = match(labels, region.heads, region.spaces)
+        matches = fused_calls(labels, region.heads, region.spaces)
     except (NotFused, Crossing) as why:
         log.debug("%s: computed by its own program: %s", region.heads[0], why)
         return write(graph, labels, region, config), "region"

@@ -39,6 +39,7 @@ def _check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(_ROWS, classes, generator=generator, dtype=torch.float64)
     numbers = _Numbers(match, z, generator)
+    numbers.logits(match)
     factor = _slope_factor(match.epilogue, slopes)
     for program, emitter, expected in match.programs:
         sizes = [hint(emitter.labels.graph, s) for s in emitter.sizes]
@@ -121,9 +122,15 @@ class _Numbers:
 
     def __init__(self, match: Match, z: Tensor, generator: torch.Generator) -> None:
         self.match, self.z, self.generator = match, z, generator
-        self.y = apply(match.epilogue, z)
-        self.lse = self.y.logsumexp(1)
         self.of: dict[Any, Tensor] = {}
+
+    def logits(self, match: Match) -> None:
+        """What the kernels see of z: fewer classes, and a bias that is added."""
+        self.seen = self.z if match.cut is None else self.z[:, slice(*match.cut)]
+        if match.bias is not None:
+            self.seen = self.seen + self._whole(match.bias).to(torch.float64).reshape(-1)
+        self.y = apply(match.epilogue, self.seen)
+        self.lse = self.y.logsumexp(1)
 
     def inputs(self, program: Program, emitter: Any) -> list[Tensor]:
         rows, whole = iter(emitter.given["rows"]), iter(emitter.given["whole"])
@@ -157,11 +164,14 @@ class _Numbers:
             if like.dtype == torch.bool:
                 made = torch.rand(shape, generator=self.generator) < 0.5
             elif not like.dtype.is_floating_point:
-                made = torch.randint(0, self.z.shape[1], shape, generator=self.generator)
+                made = torch.randint(0, self.classes(), shape, generator=self.generator)
             else:
                 made = torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.5
             self.of[key] = made
         return self.of[key]
+
+    def classes(self) -> int:
+        return self.z.shape[1] if self.match.cut is None else self.match.cut[1] - self.match.cut[0]
 
     def target(self, column: int) -> Tensor:
         node = self.match.targets[column][0]
@@ -224,8 +234,13 @@ class _Numbers:
                 d.scatter_add_(1, self.target(basis[1])[:, None], value)
             else:
                 d += value * self._vector(basis[1])
-        _, slope = apply_with_slope(self.match.epilogue, self.z)
-        return d if slope is None else d * slope
+        _, slope = apply_with_slope(self.match.epilogue, self.seen)
+        d = d if slope is None else d * slope
+        if self.match.cut is None:
+            return d
+        whole = torch.zeros_like(self.z)
+        whole[:, slice(*self.match.cut)] = d
+        return whole
 
 
 _CALLS = {

@@ -55,6 +55,13 @@ class Wide:
 
 
 @dataclasses.dataclass
+class Cut:
+    """A gradient of some of the classes, put among zeros for the others."""
+
+    inner: Any
+
+
+@dataclasses.dataclass
 class Class:
     """A vector over classes that the program is given, times a number."""
 
@@ -98,9 +105,11 @@ class Evaluate:
     def __init__(
         self, program: Program, classes: Any, double: bool, given: dict[str, list[Any]], epilogue: Any = None
     ) -> None:
-        self.program, self.classes, self.double = program, classes, double
+        self.program, self.classes, self.all_classes, self.double = program, classes, classes, double
         self.given, self.epilogue = given, epilogue
         self.env: list[Any] = []
+        self.bias: int | None = None  # a whole input that is added to the logits
+        self.cut: tuple[int, int] | None = None  # the classes that are left, where others are cut off
 
     def run(self) -> list[Any]:
         """The values of the results; where one can't be followed, the NotFused that says why."""

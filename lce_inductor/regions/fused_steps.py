@@ -13,6 +13,7 @@ from .fused import (
     ONE,
     Class,
     Count,
+    Cut,
     Elem,
     Equal,
     Evaluate,
@@ -76,6 +77,10 @@ def _sum(e: Evaluate, p: Any, q: Any, factor: float) -> Any:
             return Elem(new.steps, ("add", elem.tree, number, factor))
         if number is not None:
             return Elem(None, ("add", number, elem.tree, factor))
+        other = q if isinstance(p, Elem) else p
+        if isinstance(other, Class) and elem.tree == ("z",) and factor == other.factor == 1 and e.bias in (None, other.index):
+            e.bias = other.index  # from here on, z is what has it
+            return elem
     if not is_wide(p) and not is_wide(q):
         return _poly(p) + _poly(q).times(factor)
     return plus(e.y(p), e.y(q), factor)
@@ -277,9 +282,39 @@ def where(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
         column = condition.index
         difference = e.at(at, column) - e.at(other, column) if other.terms else e.at(at, column)
         return plus(Wide({("onehot", column): difference}), other)
+    if isinstance(condition, Poly) and is_wide(p) and _number(q) == 0.0:  # rows that do not count
+        return scaled(e.y(p), algebra.call("where", condition, ONE, Poly({})))
     if isinstance(condition, Poly) and not is_wide(p) and not is_wide(q):
         return algebra.call("where", condition, _poly(p), _poly(q))
     raise NotFused("a selection of logits")
+
+
+@step(aten.slice.Tensor)
+def cut(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Classes cut off: of the logits themselves, before anything is done with them."""
+    source, _, start, end, *more = [*args, None, None][: max(len(args), 4)]
+    if not isinstance(source, Elem) or source.tree != ("z",) or e.bias is not None or more not in ([], [1]):
+        raise NotFused("a slice of something else than logits")
+    here = _range(e, start, end)
+    if e.cut not in (None, here):
+        raise NotFused("several slices of classes")
+    e.cut, e.classes = here, here[1] - here[0]
+    return source
+
+
+def _range(e: Evaluate, start: Any, end: Any) -> tuple[int, int]:
+    if not isinstance(e.all_classes, int) or not all(isinstance(x, (int, type(None))) for x in (start, end)):
+        raise NotFused("a slice by symbols")
+    first, last, _ = slice(start, end).indices(e.all_classes)
+    return first, last
+
+
+@step(aten.slice_scatter.default)
+def put_back(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    base, value, _, start, end, *more = [*args, None, None][: max(len(args), 5)]
+    if kwargs or _number(base) != 0.0 or more not in ([], [1]) or _range(e, start, end) != e.cut:
+        raise NotFused("a gradient put where the logits did not come from")
+    return Cut(e.y(value))
 
 
 @step(aten.abs.default)

@@ -14,7 +14,7 @@ from . import algebra
 from .algebra import Poly
 from .emit import Emitter
 from .facts import Crossing
-from .fused import ONE, Class, Count, Evaluate, Index, NotFused, Wide
+from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
 from .labels import Labels, Sink
 from .program import Program
@@ -63,10 +63,12 @@ class Match:
     class_weight: Any
     atoms: dict[Any, Any]
     stats: int
+    bias: Any
+    cut: tuple[int, int] | None
     programs: list[tuple[Program, Emitter, list[Any]]]  # to compare with, and what they should give
 
 
-def match(labels: Labels, heads: list[Node], spaces: set[Space]) -> list[Match]:
+def fused_calls(labels: Labels, heads: list[Node], spaces: set[Space]) -> list[Match]:
     """The calls that compute a region. Raises NotFused where the kernels don't, with the first reason."""
     from .check import check
 
@@ -111,6 +113,8 @@ class Matcher:
         self.programs: list[tuple[Program, Emitter, list[Any]]] = []
         self.slopes: tuple[Any, ...] = ()
         self._sum_of: Any = None
+        self.bias: int | None = None
+        self.cut: tuple[int, int] | None = None
 
     def run(self, wanted: list[Node], sinks: list[Sink]) -> Match:
         """wanted: narrow nodes that are read outside; sinks: of the backward."""
@@ -138,7 +142,8 @@ class Matcher:
             raise NotFused("no statistic is read")
         return Match(
             self.space, source, self.epilogue or (), values, gradients, targets,
-            None if weight is None else self.whole_input(weight), self.atoms, stats, self.programs,
+            None if weight is None else self.whole_input(weight), self.atoms, stats,
+            None if self.bias is None else self.whole_input(self.bias), self.cut, self.programs,
         )  # fmt: skip
 
     def whole_input(self, index: int) -> Any:
@@ -235,8 +240,10 @@ class Matcher:
             elif sink.kind == "dw":
                 if _matrix(other) != _matrix(head.x, turned=left is not sink.wide):
                     raise NotFused("dW by another input")
-            elif head.bias is None or len(shape_of(sink.node) or ()) > 2:
+            elif (head.bias is None and self.bias is None) or len(shape_of(sink.node) or ()) > 2:
                 raise NotFused("a sum over rows")
+        if head.bias is not None and self.bias is not None:
+            raise NotFused("two biases")
 
     def _form(self, value: Any, sinks: dict[str, Node]) -> Gradients:
         if not isinstance(value, Wide):
@@ -274,7 +281,17 @@ class Matcher:
         evaluate = Evaluate(program, classes, double, given, self.epilogue)
         results = evaluate.run()
         self.epilogue = evaluate.epilogue
-        return results
+        if not self.programs and self.bias is None:
+            self.bias, self.cut = evaluate.bias, evaluate.cut
+        elif (evaluate.bias, evaluate.cut) != (self.bias, self.cut):
+            raise NotFused("another bias, or other classes, in the forward than in the backward")
+        return [self._whole_of(r) for r in results]
+
+    def _whole_of(self, result: Any) -> Any:
+        """A gradient of all classes; those that were cut off get zeros when it is written."""
+        if isinstance(result, Cut):
+            return result.inner
+        return NotFused("a gradient of some of the classes") if self.cut and isinstance(result, Wide) else result
 
     def _row(self, what: Any) -> Any:
         node, tags, _, expanded = what

@@ -65,7 +65,11 @@ class _Stats:
         matrix, turned = _matrix(head.weight)
         rank = len(shape_of(matrix) or ())
         weight = matrix if turned and rank == 2 else call(aten.permute.default, two(writer, head.weight), [1, 0])
-        bias = None if head.bias is None else head.bias
+        bias = self._vector(match.bias) if match.bias is not None else head.bias
+        if match.cut is not None:
+            first, last = match.cut
+            weight = call(aten.slice.Tensor, weight, 0, first, last)
+            bias = None if head.bias is None else call(aten.slice.Tensor, head.bias, 0, first, last)
         self.columns = {k: self._row(t) for k, t in sorted(match.targets.items())}
         self.places = {k: i for i, k in enumerate(self.columns)}
         target = None
@@ -198,6 +202,10 @@ class _Stats:
     def _result(self, op: Node, kind: str, node: Node) -> Node:
         call = self.writer.call
         out = call(operator.getitem, op, {"dx": 0, "dw": 1, "sum": 2}[kind])
+        if self.match.cut is not None and kind != "dx":  # zeros for the classes that were cut off
+            value, all_classes = out.meta["val"], self.match.source.meta["val"].shape[-1]
+            zeros = call(aten.full.default, [all_classes, *value.shape[1:]], 0, dtype=value.dtype, device=value.device)
+            out = call(aten.slice_scatter.default, zeros, out, 0, *self.match.cut)
         shape = list(shape_of(node) or ())
         if kind != "sum":
             wide = next(a for a in node.args if a in self.labels.of)
