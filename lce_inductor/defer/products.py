@@ -83,7 +83,7 @@ def large_outputs(graph: Graph, config: Config) -> list[Node]:
         known = info(node)
         if known is None or not known.plain or not known.dtype.is_floating_point or len(known.shape) < 2:
             continue
-        if node.op == "call_function" or node.op == "call_method":
-            if numel_hint(known.shape) * known.dtype.itemsize >= config.min_logits_bytes:
-                found.append(node)
+        large = numel_hint(known.shape) * known.dtype.itemsize >= config.min_logits_bytes
+        if large and node.op in ("call_function", "call_method"):
+            found.append(node)
     return found

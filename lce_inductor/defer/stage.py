@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch.fx import Graph, Node
+
 from .. import report
 from ..config import Config
 from ..graph.backup import Backup

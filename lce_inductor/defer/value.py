@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from typing import Any
@@ -26,7 +27,7 @@ _VIEWS = {
     aten.squeeze.dim, aten.squeeze.dims,
 }  # fmt: skip
 _TURNS = {aten.permute.default, aten.transpose.int, aten.t.default}
-_ARITHMETIC = {
+_ARITHMETIC: dict[Any, str] = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div",
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
 }  # fmt: skip
@@ -37,9 +38,9 @@ _UNARY = {aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
 class Value:
     """f(linear(x, weight, bias)) of the product `source`.
 
-    scales: (tensor of one element, is divided by?) that x and bias are multiplied by. biases: ([V], sign) that are added
-    to the bias. classes: (start, end) of those that are kept, one cut after the other; the k-th bias belongs to the
-    classes that the first `cuts[k]` of them leave.
+    scales: (tensor of one element, is divided by?) that x and bias are multiplied by. biases: ([V], sign) that are
+    added to the bias. classes: (start, end) of those that are kept, one cut after the other; the k-th bias belongs to
+    the classes that the first `cuts[k]` of them leave.
     """
 
     source: Node
@@ -65,7 +66,7 @@ def read(labels: Labels, node: Node) -> Value:
     chain = _chain(labels, node)
     value = Value(chain[0])
     value.dtypes.append(chain[0].meta["val"].dtype)
-    for before, after in zip(chain, chain[1:]):
+    for before, after in itertools.pairwise(chain):
         _follow(labels, value, before, after)
     if not value.steps or value.cast_at == 0 or value.cast_at == len(value.steps):
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -222,7 +223,7 @@ class Deferral:
                 args, kwargs = torch.fx.map_arg(
                     (node.args, node.kwargs), lambda n: made[n] if n in made else value_of(n)
                 )
-                made[node] = value = node.target(*args, **kwargs)
+                made[node] = value = node.target(*args, **kwargs)  # type: ignore[operator]
                 node.meta["example_value"] = value
         old = value_of(self.node)
         if len(value.shape) != len(old.shape) or not all(map(same, value.shape, old.shape)):
@@ -244,7 +245,7 @@ def grad_at_end(graph: Graph) -> bool:
 def _in_order(t: Tensor) -> bool:
     """Are strides those of rows side by side, but for gaps?"""
     strides = [size(st) for s, st in zip(t.shape, t.stride()) if size(s) != 1]
-    for left, right in zip(strides, strides[1:]):
+    for left, right in itertools.pairwise(strides):
         if isinstance(left, int) and isinstance(right, int):
             if left < right:
                 return False
