@@ -9,7 +9,6 @@ from torch.fx import Graph, Node
 
 from .. import report
 from ..config import Config
-from ..graph.backup import Backup
 from ..graph.values import info
 from ..regions.facts import Crossing
 from ..regions.labels import Labels
@@ -41,11 +40,15 @@ def defer_returned(graph: Graph, config: Config) -> list[Node]:
         return []
     if not deferrals:
         return []
-    backup = Backup(graph)
+    (output,) = graph.find_nodes(op="output")
+    before, args = set(graph.nodes), output.args
     try:
         return [d.write(mode) for d in deferrals]
     except Exception as error:
-        backup.restore()
+        output.args = args  # all that is written are new nodes, and what the output reads
+        for node in reversed(graph.nodes):
+            if node not in before:
+                graph.erase_node(node)
         _failed(error)
         return []
 
@@ -63,11 +66,11 @@ def plan(graph: Graph, config: Config) -> tuple[list[Deferral], Any]:
     large = large_outputs(graph, config)
     products = last_products(graph) if large else []
     if not products:
-        return [], None
+        raise NotDeferred("no output has the size of logits, or there is no matrix product")
     tail = cut(graph, products)
-    candidates = [n for n in large if n in set(tail.outputs)]
+    candidates = [n for n in large if n in tail.outputs]
     if not candidates:
-        return [], None
+        raise NotDeferred("no large output depends on a matrix product that no other product reads")
     mode = fake_mode(graph)
     joint = trace(graph, tail, candidates, mode)
     with quietly(mode):
@@ -91,7 +94,7 @@ def _value(found: Found, joint: Joint, node: Node) -> Value:
     labels, returned = found.labels, joint.detached[node]
     label = labels.of.get(returned)
     if label is None or not labels.wide(returned):
-        raise NotDeferred("no logits")
+        raise NotDeferred("no logits, or not known row by row")
     heads = labels.heads_of(label.space)
     for head in heads:
         if head in found.problems:

@@ -62,7 +62,9 @@ def cut(graph: Graph, products: list[Node]) -> Tail:
             break
         members |= more
     first = next(n for n in graph.nodes if n in members)
-    nodes, inputs, late = [], {}, False
+    nodes: list[Node] = []
+    inputs: dict[Node, None] = {}
+    late = False
     for node in graph.nodes:
         late = late or node is first
         if late and node.target in LEVELS:
@@ -104,7 +106,8 @@ def _memory(graph: Graph, members: set[Node], writes: dict[Node, list[Node]]) ->
                 storages.add(known.storage)
     if not storages:
         return set()
-    found, outside = set(), set()
+    found: set[Node] = set()
+    outside: set[Node] = set()
     for node in graph.nodes:
         known = info(node)
         if known is not None and known.storage in storages:

@@ -92,7 +92,7 @@ def _follow(labels: Labels, value: Value, before: Node, node: Node) -> None:
     target = node.target
     if node in labels.passes or target in _SAME or target in _VIEWS or target in _TURNS or target is operator.getitem:
         return
-    if target in _CASTS:
+    if target in _CASTS or (target is aten.copy.default and _copies(before, node)):
         _cast(value, node.meta["val"].dtype)
     elif target in _UNARY:
         value.steps.append((_UNARY[target],))
@@ -104,8 +104,14 @@ def _follow(labels: Labels, value: Value, before: Node, node: Node) -> None:
         _arithmetic(labels, value, before, node)
     else:
         raise NotDeferred(f"no part of an epilogue: {node.format_node() or node.name}")
-    if target not in _CASTS and node.meta["val"].dtype != before.meta["val"].dtype:
+    casts = target in _CASTS or target is aten.copy.default
+    if not casts and node.meta["val"].dtype != before.meta["val"].dtype:
         raise NotDeferred(f"another dtype than its operand: {node.name}")
+
+
+def _copies(before: Node, node: Node) -> bool:
+    """Is this written over all of another tensor?"""
+    return node.args[1] is before and shape_of(before) == shape_of(node)
 
 
 def _cast(value: Value, dtype: torch.dtype) -> None:

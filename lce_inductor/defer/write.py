@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..graph.values import Info, info, same
@@ -164,6 +165,8 @@ class Deferral:
         if isinstance(target, torch._ops.OpOverload):
             if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
                 raise NotDeferred(f"the linear layer reads what can't be computed twice: {node.name}")
+            if _new_symbols(node):
+                raise NotDeferred(f"the linear layer reads rows whose number is known by the run only: {node.name}")
             if target.namespace == "aten" or target is prims.convert_element_type.default:
                 return
         elif target in (operator.mul, operator.add, operator.sub, operator.floordiv, operator.getitem):
@@ -232,6 +235,12 @@ class Deferral:
             raise AssertionError(f"{value.dtype} on {value.device} instead of {old.dtype} on {old.device}")
         if value.spec.requires_grad != old.requires_grad:
             raise AssertionError(f"requires_grad={value.spec.requires_grad} instead of {old.requires_grad}")
+
+
+def _new_symbols(node: Node) -> bool:
+    """Is this of a size that nothing but its own values tell? A second time it would be another size."""
+    known = set().union(*(free_unbacked_symbols(a.meta.get("val")) for a in node.all_input_nodes))
+    return bool(free_unbacked_symbols(node.meta.get("val")) - known)
 
 
 def grad_at_end(graph: Graph) -> bool:
