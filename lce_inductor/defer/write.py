@@ -66,7 +66,7 @@ class Parts:
         x = self._stripped(x, hidden)
         for move in path(labels.of[value.source].space, labels.of[node].space):
             x = apply(move, self.call, x, [hidden])
-        return self.call(aten.reshape.default, x, [*rows, hidden])
+        return self.call(aten.reshape.default, self._stripped(x, hidden), [*rows, hidden])
 
     def _stripped(self, node: Node, last: Any = None) -> Node:
         """Without what the op does itself: the cast to the dtype of the linear layer, and views of rows."""
