@@ -274,6 +274,108 @@ def logged_detached(x, w, y):
     return ce(z, y), z, x.sum()
 
 
+@deferred()
+def classes_hidden(x, w, y):
+    z = F.linear(x, w)
+    z[:, -3:] = float("-inf")
+    return ce(z, y % 30), z
+
+
+@deferred()
+def classes_hidden_by_a_mask(x, w, y):
+    z = F.linear(x, w, w[:, 0])
+    z = z.masked_fill(torch.arange(V) % 7 == 6, torch.finfo(z.dtype).min)
+    return ce(z, y * 0), z
+
+
+@deferred()
+def classes_hidden_after_the_cast(x, w, y):
+    z = F.linear(x.bfloat16(), w.bfloat16()).float()
+    z = torch.where((torch.arange(V) < 30)[None], z, float("-inf"))
+    return ce(z, y % 30), z
+
+
+@deferred()
+def one_batch(x, w, y):
+    z = torch.bmm(x[None], w.T[None])
+    return ce(z[0], y), z
+
+
+@deferred()
+def selected_rows(x, w, y):
+    z = F.linear(x, w)
+    return ce(z, y), z[y.clamp(0, N - 1)]
+
+
+@deferred()
+def rows_in_another_order(x, w, y):
+    z = F.linear(x.view(4, 6, -1), w)
+    return ce(z.reshape(-1, V), y), z.transpose(0, 1).contiguous()
+
+
+@deferred(2)
+def in_two_parts(x, w, y):
+    z = F.linear(x, w)
+    return ce(z, y), z[:12], [{"rest": z[12:]}]
+
+
+@deferred()
+def rows_of_the_weight(x, w, y):
+    z = F.linear(w[y.clamp(0)], w)
+    return ce(z, y), z
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+@deferred()
+def function_of_the_user(x, w, y):
+    z = Product.apply(x, w)
+    return ce(z, y), z
+
+
+@kept("what no bias can do")
+def classes_set_to_a_number(x, w, y):
+    z = F.linear(x, w)
+    z[:, -3:] = -100.0
+    return ce(z, y), z
+
+
+@kept("what no bias can do")
+def rows_hidden(x, w, y):
+    z = F.linear(x, w).masked_fill(y[:, None] < 20, float("-inf"))
+    return ce(z.clamp(-5), y), z
+
+
+@kept("transposed in memory")
+def rows_in_another_order_of_strides(x, w, y):
+    z = F.linear(x.view(4, 6, -1), w)
+    return ce(z.reshape(-1, V), y), z.transpose(0, 1)
+
+
+@kept("a level of functorch, or of inference mode")
+def inference_mode_inside(x, w, y):
+    z = F.linear(x, w)
+    with torch.inference_mode():
+        hits = z.argmax(-1)
+    return ce(z, y), z, hits
+
+
+@kept("not logits of its own row")
+def expanded(x, w, y):
+    z = F.linear(x, w)
+    return ce(z, y), z.expand(3, -1, -1)
+
+
 @kept("the losses of this graph have no gradient")
 def only_logged(x, w, y):
     z = F.linear(x, w)

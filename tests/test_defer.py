@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from defer_cases import DEFERRED, KEPT
-from harness import Compiled, N, V, aten_graph, dynamo_graph, fresh, head, listing
-from torch import Tensor
+from harness import Compiled, H, N, V, aten_graph, dynamo_graph, fresh, head, listing
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -192,6 +193,43 @@ def test_a_function_that_is_called_like_a_product():
     (node,) = (n for n in gm.graph.nodes if n.target is torch._C._nn.linear)
     node.target = linear
     assert defer(gm) == 0
+
+
+class KeepsAnything(nn.Module):
+    def __init__(self, logits: bool) -> None:
+        super().__init__()
+        self.head, self.logits = nn.Linear(H, V), logits
+        self.register_buffer("last", torch.zeros(N, V))
+        self.register_buffer("hits", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.head(x)
+        with torch.no_grad():
+            if self.logits:
+                self.last.copy_(z)
+            else:
+                self.hits.add_((z.argmax(-1) == y).sum())
+        return F.cross_entropy(z, y), z
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_buffers(logits: bool):
+    """A buffer that is written to is an output, too."""
+    x, _, y = head()
+    torch.manual_seed(0)
+    model = KeepsAnything(logits)
+    other = copy.deepcopy(model)
+    with both_stages() as log:
+        loss, z = Compiled(model)(x, y)
+        loss.backward()
+    expected, z_expected = other(x, y)
+    expected.backward()
+    assert ("deferred" in log) == (not logits)
+    torch.testing.assert_close((loss, z.detach() + 0), (expected, z_expected.detach()))
+    for ours, theirs in zip(model.state_dict().values(), other.state_dict().values()):
+        torch.testing.assert_close(ours, theirs)
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
 # -- failures

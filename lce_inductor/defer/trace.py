@@ -15,7 +15,7 @@ from torch._guards import tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..graph.values import info
@@ -25,9 +25,13 @@ from .tail import ENTER, EXIT, NotDeferred, Tail
 
 @dataclasses.dataclass
 class Joint:
-    """A joint graph. stands_for: what its inputs are in the graph that the tail is of. detached: of each candidate,
-    the node that leaves the graph in its place."""
+    """A joint graph, of a module that holds its constants.
 
+    stands_for: what its inputs are in the graph that the tail is of. detached: of each candidate, the node that leaves
+    the graph in its place.
+    """
+
+    module: GraphModule
     graph: Graph
     stands_for: dict[Node, Node]
     detached: dict[Node, Node]
@@ -81,7 +85,7 @@ def trace(graph: Graph, tail: Tail, candidates: list[Node], mode: Any) -> Joint:
         raise
     except Exception as error:
         raise NotDeferred(f"the end of the graph can't be traced alone: {type(error).__name__}: {error}") from error
-    return _finished(joint.graph, inputs, outputs, candidates)
+    return _finished(joint, inputs, outputs, candidates)
 
 
 def _function(
@@ -153,7 +157,8 @@ def _like(value: Tensor) -> Tensor:
         return torch.empty_like(value)
 
 
-def _finished(graph: Graph, inputs: list[Node], outputs: list[Node], candidates: list[Node]) -> Joint:
+def _finished(module: GraphModule, inputs: list[Node], outputs: list[Node], candidates: list[Node]) -> Joint:
+    graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     for i, node in enumerate(placeholders[len(inputs) :]):
         node.target = f"tangents_{i + 1}"
@@ -161,4 +166,4 @@ def _finished(graph: Graph, inputs: list[Node], outputs: list[Node], candidates:
     (results,) = end.args
     detached = {n: r for n, r in zip(outputs, results) if n in candidates}  # type: ignore[call-overload]
     graph.eliminate_dead_code()
-    return Joint(graph, dict(zip(placeholders, inputs)), detached)
+    return Joint(module, graph, dict(zip(placeholders, inputs)), detached)

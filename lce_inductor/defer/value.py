@@ -9,12 +9,15 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 
 from ..ops.epilogue import unparse
 from ..regions.facts import at, bound
 from ..regions.labels import Labels
 from ..regions.tags import LOCAL, is_one, shape_of
+from .products import attribute
 from .tail import NotDeferred
 
 aten = torch.ops.aten
@@ -31,6 +34,13 @@ _ARITHMETIC: dict[Any, str] = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div",
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
 }  # fmt: skip
+# What may set some classes to a number.
+FILLS = {
+    aten.where.self, aten.masked_fill.Scalar, aten.slice_scatter.default, aten.index_put.default,
+    aten._unsafe_index_put.default,
+}  # fmt: skip
+# A number that stays what it is when logits are added to it.
+_HUGE = 1e20
 _UNARY = {aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
 
 
@@ -38,14 +48,15 @@ _UNARY = {aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
 class Value:
     """f(linear(x, weight, bias)) of the product `source`.
 
-    scales: (tensor of one element, is divided by?) that x and bias are multiplied by. biases: ([V], sign) that are
-    added to the bias. classes: (start, end) of those that are kept, one cut after the other; the k-th bias belongs to
-    the classes that the first `cuts[k]` of them leave.
+    scales: (tensor of one element, is divided by?) that x and bias are multiplied by. biases: (tensor [V], factor) that
+    are added to the bias; where it is a node that sets some classes to a number, (that node, the number). classes:
+    (start, end) of those that are kept, one cut after the other; the k-th bias belongs to the classes that the first
+    `cuts[k]` of them leave.
     """
 
     source: Node
     scales: list[tuple[Node, bool]] = dataclasses.field(default_factory=list)
-    biases: list[tuple[Node, int]] = dataclasses.field(default_factory=list)
+    biases: list[tuple[Node, float]] = dataclasses.field(default_factory=list)
     cuts: list[int] = dataclasses.field(default_factory=list)
     classes: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     steps: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
@@ -80,7 +91,7 @@ def _chain(labels: Labels, node: Node) -> list[Node]:
         label = labels.of.get(node)
         if label is None or label.parts is not None or label.tags.count(LOCAL) != 1:
             raise NotDeferred(f"not logits of its own row, or not in one dimension: {node.name}")
-        mine = labels.passes.get(node) or [a for a in node.all_input_nodes if a in labels.of]
+        mine = labels.passes.get(node) or [a for a in node.all_input_nodes if a in labels.of and constant(a) is None]
         if len(mine) != 1:
             raise NotDeferred(f"made of several values of the size of logits: {node.name}")
         (node,) = mine
@@ -100,6 +111,8 @@ def _follow(labels: Labels, value: Value, before: Node, node: Node) -> None:
         value.steps.append(("mul", -1.0))
     elif target is aten.slice.Tensor:
         _slice(labels, value, before, node)
+    elif target in FILLS:
+        _fill(labels, value, before, node)
     elif target in _ARITHMETIC:
         _arithmetic(labels, value, before, node)
     else:
@@ -131,6 +144,57 @@ def _slice(labels: Labels, value: Value, before: Node, node: Node) -> None:
     if a["step"] != 1 or tags[at(a["dim"], len(tags))] != LOCAL:
         raise NotDeferred(f"some of the classes, not side by side: {node.name}")
     value.classes.append((a["start"], a["end"]))
+
+
+def constant(value: Any, far: int = 8) -> float | None:
+    """The number that a tensor is filled with, whatever its shape is read off."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Node) and value.op == "get_attr":
+        held = attribute(value)
+        if isinstance(held, Tensor) and not isinstance(held, FakeTensor) and held.numel() == 1:
+            with unset_fake_temporarily():
+                return float(held)
+    if not isinstance(value, Node) or value.op != "call_function" or far == 0:
+        return None
+    if value.target in (
+        aten.full.default,
+        aten.full_like.default,
+        aten.fill.Scalar,
+        aten.fill.Tensor,
+        aten.copy.default,
+    ):
+        return constant(value.args[1], far - 1)
+    if value.target is aten.scalar_tensor.default or value.target in _SAME | _VIEWS | _CASTS | {aten.expand.default}:
+        return constant(value.args[0], far - 1)
+    return None
+
+
+def _fill(labels: Labels, value: Value, before: Node, node: Node) -> None:
+    """Classes that are set to minus infinity, or nearly: a bias of that size leaves nothing of the logits."""
+    args = list(bound(node).values())
+    if node.target is aten.where.self:
+        number, mask = constant(args[2] if args[1] is before else args[1]), args[0]
+    elif node.target is aten.slice_scatter.default:
+        number, mask = constant(args[1]), None
+        tags = labels.of[before].tags
+        if args[0] is not before or tags[at(args[2], len(tags))] != LOCAL:
+            number = None
+    elif node.target is aten.masked_fill.Scalar:
+        number, mask = constant(args[2]), args[1]
+    else:
+        given = [(d, i) for d, i in enumerate(args[1]) if i is not None]
+        number, mask = constant(args[2]), None
+        if args[0] is not before or args[3] or len(given) != 1 or labels.of[before].tags[given[0][0]] != LOCAL:
+            number = None
+    if isinstance(mask, Node):
+        several = [(d, s) for d, s in enumerate(reversed(shape_of(mask) or ())) if not is_one(s)]
+        number = number if several == [_class_dim(labels, before)] else None
+    exact = value.dtypes[0] == before.meta["val"].dtype or number == -math.inf
+    if number is None or value.steps or not exact or not abs(number) > _HUGE:
+        raise NotDeferred(f"some classes are set to what no bias can do: {node.name}")
+    value.biases.append((node, number))
+    value.cuts.append(len(value.classes))
 
 
 def _arithmetic(labels: Labels, value: Value, before: Node, node: Node) -> None:

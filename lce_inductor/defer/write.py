@@ -14,13 +14,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..graph.values import Info, info, same
 from ..graph.write import Writer
+from ..regions.facts import bound
 from ..regions.labels import Labels
 from ..regions.spaces import apply
 from ..regions.tags import LOCAL, same_size, shape_of, size
 from ..regions.write import behind_heads, operands, path
 from .tail import SET_GRAD, NotDeferred, Tail
 from .trace import Joint, quietly, value_of
-from .value import _CASTS, _SAME, _TURNS, _VIEWS, Value
+from .value import _CASTS, _SAME, _TURNS, _VIEWS, FILLS, Value, constant
 from .writes import same_memory
 
 aten = torch.ops.aten
@@ -50,7 +51,9 @@ class Parts:
         self._scale(value)
         for i in range(len(value.classes) + 1):
             for (other, sign), cuts in zip(value.biases, value.cuts):
-                if cuts == i:
+                if cuts == i and other.target in FILLS and other in labels.of:
+                    self._add_bias(self._filled(other, sign, labels), 1)
+                elif cuts == i:
                     self._add_bias(self._flat(other), sign)
             if i < len(value.classes):
                 self._cut(*value.classes[i])
@@ -102,7 +105,29 @@ class Parts:
             self.x = self.call(op, self.x, scale)
             self.bias = None if self.bias is None else self.call(op, self.bias, scale)
 
-    def _add_bias(self, bias: Node, sign: int) -> None:
+    def _filled(self, node: Node, number: float, labels: Labels) -> Node:
+        """[V], the number where the node puts it, else zero."""
+        a = bound(node)
+        classes = (shape_of(node) or ())[labels.of[node].tags.index(LOCAL)]
+        like = {"dtype": self.dtype, "device": node.meta["val"].device}
+        zeros = self.call(aten.full.default, [classes], 0.0, **like)
+        if node.target is aten.slice_scatter.default:
+            cut = (0, a["start"], a["end"], a["step"])
+            some = self.call(aten.full_like.default, self.call(aten.slice.Tensor, zeros, *cut), number)
+            return self.call(aten.slice_scatter.default, zeros, some, *cut)
+        full = self.call(aten.full.default, [], number, **like)
+        if node.target is aten.where.self:
+            mask = self.call(aten.reshape.default, a["condition"], [classes])
+            kept_first = constant(a["self"]) is None
+            return self.call(aten.where.self, mask, *((zeros, full) if kept_first else (full, zeros)))
+        if node.target is aten.masked_fill.Scalar:
+            return self.call(
+                aten.masked_fill.Scalar, zeros, self.call(aten.reshape.default, a["mask"], [classes]), number
+            )
+        index = next(i for i in a["indices"] if i is not None)
+        return self.call(aten.index_put.default, zeros, [index], full)
+
+    def _add_bias(self, bias: Node, sign: float) -> None:
         if self.bias is not None:
             self.bias = self.call(aten.add.Tensor if sign > 0 else aten.sub.Tensor, self.bias, bias)
         else:
