@@ -14,6 +14,7 @@ from torch.fx import Graph
 
 from . import regions, report, watch
 from .config import Config
+from .defer import defer_returned
 from .graph.backup import Backup
 from .graph.write import drop_dead, sort
 from .ops import schema  # noqa: F401  (registers the ops)
@@ -79,7 +80,7 @@ class DeferPass(_Pass):
         return super().uuid()
 
     def run(self, graph: Graph) -> None:
-        pass
+        defer_returned(graph, self.config)
 
 
 class HeadsPass(_Pass):

@@ -21,12 +21,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import lce_inductor.defer.stage as stage
-from lce_inductor import Config
+from lce_inductor import Config, regions
 from lce_inductor.defer import defer_returned
-from lce_inductor.graph.write import finish
-from lce_inductor.ops import regions, schema  # noqa: F401  (registers the ops)
-from lce_inductor.regions.region import find
-from lce_inductor.regions.write import write
+from lce_inductor.graph.write import drop_dead, sort
 from lce_inductor.schedule import schedule
 
 Fn = Callable[..., Any]
@@ -71,13 +68,13 @@ def both_stages(config: Config = ALL) -> Iterator[list[str]]:
         log.extend("deferred" for _ in defer_returned(graph, config))
 
     def joint(graph: Graph) -> None:
-        found = find(graph)
-        for region in found.regions:
-            write(graph, found.labels, region, config)
-            log.append("rewritten")
-        if found.regions:
-            finish(graph)
-        schedule(graph, config)
+        decision = regions.decide(graph, config)
+        if decision.chosen:
+            regions.apply(graph, decision, config)
+            log.extend("rewritten" for _ in decision.chosen)
+            schedule(graph, config)
+            sort(graph)
+            drop_dead(graph)
 
     with inductor.patch(
         pre_grad_custom_pass=_Pass(before), joint_custom_pre_pass=_Pass(joint), fx_graph_cache=False

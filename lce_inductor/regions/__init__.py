@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import torch
 from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
@@ -29,7 +30,14 @@ from .tags import is_one
 from .write import write
 from .write_fused import write_fused
 
+aten = torch.ops.aten
 log = logging.getLogger("lce_inductor")
+
+
+_SAME = (
+    aten.view.default, aten.reshape.default, aten.alias.default, aten.detach.default, aten.clone.default,
+    aten._unsafe_view.default,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -155,10 +163,22 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
     # Of several heads, torch.compile alone may hold the logits of all at once.
     if len(chosen) == 1 and len(chosen[0].heads) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None:
         head = heads[chosen[0].heads[0]]
-        if head.trains and _saves_little(found.labels, head, config):
+        if head.trains and not _deferred(head.node) and _saves_little(found.labels, head, config):
             head.refusal = refuse("little-saved", head.node)
             return []
     return chosen
+
+
+def _deferred(node: Node) -> bool:
+    """Are these logits returned without being computed? Then what they are computed from is returned."""
+    (end,) = node.graph.find_nodes(op="output")
+    return _origin(Operands.of(node).x) in {_origin(n) for n in end.all_input_nodes}
+
+
+def _origin(node: Node) -> Node:
+    while node.target in _SAME and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
