@@ -44,7 +44,7 @@ class Parts:
         shape, label = shape_of(node) or (), labels.of[node]
         if not label.tags.endswith(LOCAL) or label.tags.count(LOCAL) != 1:
             raise NotDeferred("the classes are not the last dimension")
-        x, weight, bias = operands(value.source)
+        x, weight, bias = Head.of(value.source)
         self.x = self._x(x, labels, value, node, list(shape[:-1]))
         self.weight = self._weight(weight)
         self.bias = None if bias is None else self._flat(bias)
