@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 from .emit import Emitter
 from .facts import Crossing
 from .heads import candidates, tangents_of
-from .labels import Labels, Problem, Sink, ancestors
-from .spaces import Space
+from .labels import Labels, Problem, Sink
+from .spaces import Space, ancestors
 from .tangent import Tangent
 
 
