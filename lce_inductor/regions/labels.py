@@ -229,7 +229,10 @@ class Labels:
                 raise Crossing("rows and classes are mixed by a view")
             return self.of[args[0]]._replace(tags=tags)
         tags = result_tags(node, found, {a: self.of[a].tags for a in args if a in dict(found.operands)})
-        return Label(tags, *self._common(node, args))
+        space, parts = self._common(node, args)
+        if ROW in tags and not same_size(product(row_sizes(tags, shape_of(node) or ())), space.find().count):
+            raise Crossing("each row meets all others")  # s[:, None] - s[None]
+        return Label(tags, space, parts)
 
     def _item(self, node: Node, source: Node) -> Label:
         label = self.of[source]
