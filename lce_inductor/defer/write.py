@@ -18,7 +18,7 @@ from ..regions.facts import bound
 from ..regions.labels import Labels
 from ..regions.spaces import apply
 from ..regions.tags import LOCAL, same_size, shape_of, size
-from ..regions.write import behind_heads, operands, path
+from ..regions.write import behind_heads, path
 from .tail import SET_GRAD, NotDeferred, Tail
 from .trace import Joint, quietly, value_of
 from .value import _CASTS, _SAME, _TURNS, _VIEWS, FILLS, Value, constant

@@ -49,6 +49,7 @@ def move(graph: Graph, config: Config) -> bool:
             rewrite.recompute(graph, forward, backward)
             continue
         rewrite.merge(graph, forward, backward, gradients)
+        sort(graph)  # what the next head's gradients depend on is read off the order
         report.count("gradients:forward")
         log.debug("%s: gradients are computed in the forward (3 products)", name)
     return bool(found)
