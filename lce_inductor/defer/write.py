@@ -15,6 +15,7 @@ from .. import deferred  # noqa: F401  (registers defer_logits)
 from ..graph.values import Info, info, same
 from ..graph.write import Writer
 from ..regions.facts import bound
+from ..regions.heads import Head
 from ..regions.labels import Labels
 from ..regions.spaces import apply
 from ..regions.tags import LOCAL, same_size, shape_of, size
