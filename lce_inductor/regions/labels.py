@@ -228,7 +228,9 @@ class Labels:
             if tags is None:
                 raise Crossing("rows and classes are mixed by a view")
             return self.of[args[0]]._replace(tags=tags)
-        tags = result_tags(node, found, {a: self.of[a].tags for a in args if a in dict(found.operands)})
+        if not set(args) <= {a for a, _ in found.operands}:
+            raise Crossing("an argument that is not an operand depends on rows", "escape")
+        tags = result_tags(node, found, {a: self.of[a].tags for a in args})
         space, parts = self._common(node, args)
         if ROW in tags and not same_size(product(row_sizes(tags, shape_of(node) or ())), space.find().count):
             raise Crossing("each row meets all others")  # s[:, None] - s[None]

@@ -131,6 +131,8 @@ def _merged(
 ) -> Region | str:
     """All in one program, or why that can't be."""
     tangent = Tangent(labels, tangents)
+    if any(s.wide.meta["val"].dtype == torch.float16 for s in late):
+        return "in fp16 the gradients of a mean vanish without the loss scale, which comes with the tangent"
     try:
         for sink in late:
             tangent.check(sink.wide)
@@ -145,6 +147,8 @@ def _merged(
         for sink in late:
             _add(labels, parts, sink, sink.wide, lambda n: False)
         for part in parts.values():
+            if any(m in labels.on_tangent or m in labels.beyond for m in part.emitter.matrices):
+                return "a gradient is multiplied by a matrix that is not there before the head"
             for kind in ("rows", "whole"):
                 for node in _nodes(part.emitter, kind):
                     if node in labels.of or node in labels.beyond:
