@@ -1,0 +1,1 @@
+"""How a row region runs: chunks of logits, and its program over each, compiled or step by step."""
