@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..regions.program import Program, Step, parse, resolve
-from .values import Meta, call, fill, owner, places, propagate, refs
+from ..regions.program import Program, Ref, Step, parse, resolve
+from .values import Meta, fill, owner, places, propagate, refs, settled, takes_device
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -35,13 +35,17 @@ _CONSTANT = {aten.zeros_like.default: 0, aten.ones_like.default: 1}
 
 
 class _Move(NamedTuple):
-    """One step: `write` fills the memory `slot`; without, the op is called and makes its own.
+    """One step: `write` fills the memory `slot`; without, `op` makes its own.
 
+    args, kwargs: as the op takes them, but for values, which are there as Ref. nested: some are inside of lists.
     done: values that nobody needs behind it.
     """
 
-    step: Step
-    slot: int | None
+    op: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    nested: bool
+    slot: int
     write: Callable[..., Any] | None
     done: tuple[int, ...]
 
@@ -71,14 +75,18 @@ def run(
     if not memory:
         memory += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.slots[len(logits) :]]
     slots, values = [*logits, *memory], list[Any](inputs)
-    for move in plan.moves:
-        if move.write is None or move.slot is None:
-            values.append(call(move.step, values, n, sizes, device))
+    # A block takes microseconds a step: no more is done here than must be.
+    for op, args, kwargs, nested, slot, write, done in plan.moves:
+        if nested:
+            args, kwargs = fill(args, values, n, sizes), {k: fill(v, values, n, sizes) for k, v in kwargs.items()}
         else:
-            kwargs = {k: fill(v, values, n, sizes) for k, v in move.step.kwargs.items()}
-            move.write(slots[move.slot], fill(move.step.args, values, n, sizes), kwargs)
-            values.append(slots[move.slot])
-        for index in move.done:
+            args = [values[a.index] if type(a) is Ref else a for a in args]
+        if write is None:
+            values.append(op(*args, **kwargs))
+        else:
+            write(slots[slot], args, kwargs)
+            values.append(slots[slot])
+        for index in done:
             values[index] = None
     for index in plan.copied:
         values[index] = values[index].clone()
@@ -112,7 +120,7 @@ def _planned(text: str, n: int, inputs: tuple[Meta, ...], sizes: tuple[int, ...]
     moves: list[_Move] = []
     for index, (step, fake) in enumerate(zip(program.steps, fakes[first:]), first):
         dying = {memory for memory, at in last.items() if at == index}
-        mine, slot = owner(fake), None
+        mine, slot = owner(fake), -1
         makes = _is_large(fake, n) and all(owner(v) != mine for v in fakes[:index])
         write = _writer(step) if makes else None
         if write is not None:
@@ -125,7 +133,11 @@ def _planned(text: str, n: int, inputs: tuple[Meta, ...], sizes: tuple[int, ...]
             ]
             at_home = [s for s in fitting if home.get(s) == mine]
             own = _own(step, fake, fakes, dying, slot_of)
-            if own is not None and slots[own] == (tuple(fake.shape), fake.dtype) and (mine in last or home.get(own, mine) == mine):
+            if (
+                own is not None
+                and slots[own] == (tuple(fake.shape), fake.dtype)
+                and (mine in last or home.get(own, mine) == mine)
+            ):
                 fitting.insert(0, own)
             slot = next(iter(at_home + fitting), len(slots))
             if slot == len(slots):
@@ -134,11 +146,22 @@ def _planned(text: str, n: int, inputs: tuple[Meta, ...], sizes: tuple[int, ...]
         free = [s for s in free if s != slot]
         free += [slot_of[m] for m in dying if m in slot_of and slot_of[m] != slot]
         done = tuple(i for i, v in enumerate(fakes[: index + 1]) if _owners(v) and set(_owners(v)) <= dying)
-        moves.append(_Move(step, slot, write, done))
+        moves.append(_move(step, n, sizes, device, slot, write, done))
     taken = {owner(fakes[at]) for index, at in place.items() if at not in (None, index)}
     rows = {r.value.index for r in program.results if r.kind in ("row", "sum")}
     copied = tuple(i for i in rows if owner(fakes[i]) in taken)
     return _Plan(program, tuple(moves), tuple(slots), place, copied)
+
+
+def _move(
+    step: Step, n: int, sizes: tuple[int, ...], device: torch.device, slot: int, write: Any, done: tuple[int, ...]
+) -> _Move:
+    op = resolve(step.op)
+    args, kwargs = (settled(what, n, sizes) for what in (list(step.args), step.kwargs))
+    if takes_device(op):
+        kwargs["device"] = device
+    nested = bool(refs(kwargs)) or any(refs(a) for a in args if not isinstance(a, Ref))
+    return _Move(op, args, kwargs, nested, slot, write, done)
 
 
 def _last_uses(program: Program, fakes: list[Any]) -> dict[int, int]:

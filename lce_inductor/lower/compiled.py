@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 # Kinds of devices whose programs are compiled; on a CPU the compiler is slow and the blocks are fast.
 DEVICES = {"cuda"}
-# One code for every number of rows. False: one for each, which may be faster and is compiled for each last, shorter chunk.
+# One code for every number of rows. False: one for each, that of each last, shorter chunk as well.
 ANY_ROWS = True
 # Elements that a kernel of 32-bit indices can tell apart.
 _INDEXABLE = 2**31 - 1
@@ -159,12 +159,10 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
     with _alone(key.device), _inductor_patches(), tracing(TracingContext(fake_mode)):
         with fake_mode:
             examples = [
-                torch.empty_strided(
-                    m.shape if whole else (rows, *m.shape), m.stride, dtype=m.dtype, device=key.device
-                )
+                torch.empty_strided(m.shape if whole else (rows, *m.shape), m.stride, dtype=m.dtype, device=key.device)
                 for m, whole in metas
             ]
-        call = compile_fx(graph, examples)
+        call: Any = compile_fx(graph, examples)
     guards = [guard.expr for guard in shape_env.guards]
 
     def fits(count: int) -> bool:

@@ -14,8 +14,8 @@ from .steps import Chunk, Values, step_by_step, with_code
 
 KIND, ALIGN = "cpu", 1
 
-# Elements of a block: 1 MiB in fp32, so that a few of them stay in a processor's own cache.
-_BLOCK = 1 << 18
+# Elements of a block for each thread, 1 MiB in fp32, so that a few of them stay in a core's own cache; and at most.
+_BLOCK, _LARGEST = 1 << 18, 1 << 21
 
 
 def guard(t: Tensor) -> contextlib.AbstractContextManager:
@@ -43,5 +43,6 @@ def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
 
 def program(chunk: Chunk, n: int) -> Iterator[Values]:
     """See steps.Values."""
+    elements = min(_BLOCK * torch.get_num_threads(), _LARGEST)
     compiles = chunk.key.device.type in compiled.DEVICES
-    return with_code(chunk, n, _BLOCK) if compiles else step_by_step(chunk, n, _BLOCK)
+    return with_code(chunk, n, elements) if compiles else step_by_step(chunk, n, elements)

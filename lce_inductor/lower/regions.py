@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..ops.chunking import round_up
-from ..regions.program import Result
 from . import region_cpu, region_cuda
 from .arguments import Arguments, check
 from .compiled import Key
@@ -116,9 +115,7 @@ class _Outputs:
                 value, found = next(given), self.found[k]
                 self.found[k] = value if found is None else found.add_(value)
 
-    def add(
-        self, device: ModuleType, memory: _Memory, rows: slice, matrices: Sequence[Tensor], several: bool
-    ) -> None:
+    def add(self, device: ModuleType, memory: _Memory, rows: slice, matrices: Sequence[Tensor], several: bool) -> None:
         """A chunk's products. several: there are other chunks."""
         for k, result in enumerate(self.results):
             if result.kind not in ("dx", "dw"):

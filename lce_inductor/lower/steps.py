@@ -70,4 +70,3 @@ def with_code(chunk: Chunk, n: int, elements: int) -> Iterator[Values]:
             continue
         for start, length, found in step_by_step(part, count, elements):
             yield first + start, length, found
-

@@ -1,10 +1,10 @@
-"""What a program's values are for a block of rows: shapes, dtypes, and which of them share memory. Nothing is computed."""
+"""What a program's values are, of some rows: shapes, dtypes, which of them share memory. Nothing is computed here."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,22 @@ def fill(value: Any, values: Sequence[Any], n: Any, sizes: Sequence[Any]) -> Any
     """A step's argument with what it refers to put in."""
     if isinstance(value, Ref):
         return values[value.index]
+    return _mapped(value, lambda v: fill(v, values, n, sizes), n, sizes)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any], n: Any, sizes: Sequence[Any]) -> Any:
     if isinstance(value, Rows):
         return n
     if isinstance(value, Sym):
         return sizes[value.index]
-    return [fill(v, values, n, sizes) for v in value] if isinstance(value, (list, tuple)) else value
+    return [change(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def settled(value: Any, n: int, sizes: Sequence[int]) -> Any:
+    """A step's argument in which only Refs are left open."""
+    if isinstance(value, dict):
+        return {k: settled(v, n, sizes) for k, v in value.items()}
+    return value if isinstance(value, Ref) else _mapped(value, lambda v: settled(v, n, sizes), n, sizes)
 
 
 def refs(value: Any) -> list[int]:

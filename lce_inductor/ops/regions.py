@@ -21,15 +21,14 @@ from ..regions.program import Sym, parse
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")
 _lib.define(
-    "row_region(SymInt N, Tensor[] xs, Tensor[] weights, Tensor[] biases, bool[] has_bias, Tensor[] rows, Tensor[] whole, "
-    "Tensor[] matrices, SymInt[] sizes, str program, int chunk_tokens, int workspace_bytes) -> Tensor[]"
+    "row_region(SymInt N, Tensor[] xs, Tensor[] weights, Tensor[] biases, bool[] has_bias, Tensor[] rows, "
+    "Tensor[] whole, Tensor[] matrices, SymInt[] sizes, str program, int chunk_tokens, int workspace_bytes) -> Tensor[]"
 )
 
 
-def _arguments(
-    N: int, xs: list[Tensor], weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], rows: list[Tensor],
-    whole: list[Tensor], matrices: list[Tensor], sizes: list[int], program: str, chunk_tokens: int, workspace_bytes: int,
-) -> Arguments:  # fmt: skip
+def _arguments(  # type: ignore[no-untyped-def]
+    N, xs, weights, biases, has_bias, rows, whole, matrices, sizes, program, chunk_tokens, workspace_bytes
+) -> Arguments:
     if sum(has_bias) != len(biases):
         raise RuntimeError(f"biases: has_bias names {sum(has_bias)}, got {len(biases)}")
     given = iter(biases)
