@@ -41,8 +41,10 @@ class Arguments(NamedTuple):
         return (*self.xs, *self.rows, *self.whole)[0]
 
     def plan(self, kind: str) -> ChunkPlan:
-        """Chunks in which all heads together keep to the budget."""
-        V = sum(w.shape[1] for w in self.weights)
+        """Chunks in which all heads together keep to the budget; or, without one, the widest factor of dX and dW."""
+        factors = [self.matrices[r.other].shape[0] for r in self.program.results if r.kind == "dx"]
+        factors += [self.size(r.sizes)[0] for r in self.program.results if r.kind == "dw"]
+        V = sum(w.shape[1] for w in self.weights) or max(factors, default=1)
         H = max((x.shape[1] for x in self.xs), default=1)
         itemsize = max((x.element_size() for x in self.xs), default=1)
         return plan(self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, kind)

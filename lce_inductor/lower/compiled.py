@@ -1,4 +1,4 @@
-"""A program as code that Inductor made, once for each set of shapes but the number of rows.
+"""A program as code that Inductor made, once for all numbers of rows.
 
 The program becomes an FX graph that ends by writing each factor of dX and dW into its memory, mostly the logits' own.
 Inductor gets it directly: no Dynamo, no guards of that, none of the passes in Inductor's hooks, ours included, and no
@@ -40,7 +40,10 @@ _OFF = ("triton.cudagraphs", "cpp_wrapper", "fx_wrapper", "freezing")
 
 
 class Key(NamedTuple):
-    """What code depends on. homes: the memory of each factor, in order, that none of the logits' own is for."""
+    """A program and what it is called with, for any number of rows.
+
+    homes: the memory of each factor, in order, that none of the logits' own is for.
+    """
 
     text: str
     inputs: tuple[Meta, ...]
@@ -52,13 +55,26 @@ class Key(NamedTuple):
     def program(self) -> Program:
         return parse(self.text)
 
+    def open_sizes(self) -> list[int]:
+        """The sizes, by place, that code leaves open: numbers of some batch, not those that inputs have as well."""
+        known = {d for m in (*self.inputs, *self.homes) for d in m.shape}
+        return [i for i, size in enumerate(self.sizes) if size > 1 and size not in known]
+
+    def of_code(self) -> Key:
+        """The same for all calls that code may be shared by."""
+        free = self.open_sizes()
+        return self._replace(sizes=tuple(-1 if i in free else size for i, size in enumerate(self.sizes)))
+
 
 class _Code(NamedTuple):
+    """fits: does it do for so many rows and these open sizes?"""
+
     call: Callable[..., Sequence[Tensor]]
-    fits: Callable[[int], bool]
+    fits: Callable[[int, list[int]], bool]
 
 
 _lock = threading.RLock()
+# By key (of_code) and number of rows, None for any.
 _codes: OrderedDict[tuple[Key, int | None], _Code | None] = OrderedDict()
 
 
@@ -83,15 +99,16 @@ def run(key: Key, n: int, inputs: Sequence[Tensor], homes: Sequence[Tensor]) -> 
     """The values of the results of kind row, and sums over rows of those of kind sum, in order; factors end up in their
     memory. None, and nothing is done, where there is no code and none can be made now.
     """
-    code = _find(key, n, may_compile=not _is_capturing(key.device))
+    code = _find(key, n)
     if code is None:
         return None
-    return list(code.call(*[inputs[i].detach() for i in _read(key.text)], *homes))
+    free = [key.sizes[i] for i in key.open_sizes()]
+    return list(code.call(*[inputs[i].detach() for i in _read(key.text)], *homes, *free))
 
 
 def prepare(key: Key, n: int) -> bool:
     """Make the code for n rows ahead of the first call. False where none can be made."""
-    return _find(key, n, may_compile=not _is_capturing(key.device)) is not None
+    return _find(key, n) is not None
 
 
 def clear() -> None:
@@ -100,32 +117,35 @@ def clear() -> None:
         _codes.clear()
 
 
-def _find(key: Key, n: int, may_compile: bool) -> _Code | None:
-    found, known = _known(key, n)
-    if known or not may_compile:
+def _find(key: Key, n: int) -> _Code | None:
+    if n == 1:  # Inductor would make code of its own for it
+        return None
+    shared, free = key.of_code(), [key.sizes[i] for i in key.open_sizes()]
+    found, known = _known(shared, n, free)
+    if known or _is_capturing(key.device):
         return found
     with _lock:
-        found, known = _known(key, n)  # another thread may have made it
+        found, known = _known(shared, n, free)  # another thread may have made it
         if known:
             return found
-        rows = None if ANY_ROWS and n > 1 and (key, None) not in _codes else n
+        rows = None if ANY_ROWS and (shared, None) not in _codes else n
         try:
             code: _Code | None = _compile(key, n, rows is None)
         except Exception as error:
             log.warning("a region's program cannot be compiled and runs step by step: %s", error, exc_info=True)
             code = None
-        _codes[key, rows] = code
+        _codes[shared, rows] = code
         while len(_codes) > _MOST:
             _codes.popitem(last=False)
         return code
 
 
-def _known(key: Key, n: int) -> tuple[_Code | None, bool]:
+def _known(key: Key, n: int, free: list[int]) -> tuple[_Code | None, bool]:
     with _lock:
         for rows in (None, n):
             if (key, rows) in _codes:
                 code = _codes[key, rows]
-                if code is None or code.fits(n):
+                if code is None or code.fits(n, free):
                     _codes.move_to_end((key, rows))
                     return code, True
     return None, False
@@ -154,7 +174,8 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
 
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env)
-    rows = _symbol(shape_env, n) if any_rows else n
+    rows = _symbol(shape_env, n, "rows") if any_rows else n
+    free = [_symbol(shape_env, key.sizes[i], f"size{i}") for i in key.open_sizes()]
     graph, metas = build(key, n, any_rows)
     with _alone(key.device), _inductor_patches(), tracing(TracingContext(fake_mode)):
         with fake_mode:
@@ -162,30 +183,28 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
                 torch.empty_strided(m.shape if whole else (rows, *m.shape), m.stride, dtype=m.dtype, device=key.device)
                 for m, whole in metas
             ]
-        call: Any = compile_fx(graph, examples)
+        call: Any = compile_fx(graph, [*examples, *free])
+    symbols: list[Any] = [s.node.expr for s in ([rows, *free] if any_rows else free) if not isinstance(s, int)]
     guards = [guard.expr for guard in shape_env.guards]
 
-    def fits(count: int) -> bool:
-        if not any_rows:
-            return count == n
-        return count > 1 and all(_holds(guard, count) for guard in guards)
+    def fits(count: int, sizes: list[int]) -> bool:
+        """Does what Inductor took for granted hold?"""
+        if count != n and not (any_rows and count > 1):
+            return False
+        numbers = dict(zip(symbols, [count, *sizes] if any_rows else sizes))
+        return all(bool(guard.xreplace(numbers) == True) for guard in guards)  # noqa: E712  (sympy's true)
 
     return _Code(call, fits)
 
 
-def _symbol(shape_env: Any, n: int) -> Any:
-    """A number of rows that is not known, with n as an example."""
+def _symbol(shape_env: Any, n: int, name: str) -> Any:
+    """A number that is not known, with n as an example."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    source = ConstantSource("rows")
+    source = ConstantSource(name)
     symbol = shape_env.create_symbol(n, source, dynamic_dim=DimDynamic.DYNAMIC)
     return shape_env.create_symintnode(symbol, hint=n, source=source)
-
-
-def _holds(guard: Any, count: int) -> bool:
-    """What Inductor took for granted of the number of rows; all of one symbol."""
-    return bool(guard.xreplace(dict.fromkeys(guard.free_symbols, count)) == True)  # noqa: E712  (sympy's true)
 
 
 @contextlib.contextmanager
@@ -209,7 +228,7 @@ def _inductor_patches() -> Any:
 
 
 def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[tuple[Meta, bool]]]:
-    """The graph, and for each of its inputs what it is and whether it is the same for all rows."""
+    """The graph, and for each tensor that it takes what it is and whether it is the same for all rows."""
     program, graph = parse(key.text), torch.fx.Graph()
     place = places(key.text, key.inputs, key.sizes, key.device)
     metas: list[tuple[Meta, bool]] = []
@@ -224,14 +243,17 @@ def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[
     for index, m in zip((i for i, at in place.items() if at is None), key.homes):
         homes[index] = graph.placeholder(f"home_{index}")
         metas.append((m, False))
+    sizes: list[Any] = list(key.sizes)
+    for i in key.open_sizes():
+        sizes[i] = graph.placeholder(f"size_{i}")
     if rows is not n:
         rows = graph.call_function(aten.sym_size.int, (rows, 0))
     for step in program.steps:
         op = resolve(step.op)
-        kwargs = {k: fill(v, values, rows, key.sizes) for k, v in step.kwargs.items()}
+        kwargs = {k: fill(v, values, rows, sizes) for k, v in step.kwargs.items()}
         if takes_device(op):
             kwargs["device"] = key.device
-        values.append(graph.call_function(op, tuple(fill(step.args, values, rows, key.sizes)), kwargs))
+        values.append(graph.call_function(op, tuple(fill(step.args, values, rows, sizes)), kwargs))
     out = []
     for result in program.results:
         value = values[result.value.index]

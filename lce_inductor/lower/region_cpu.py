@@ -41,8 +41,11 @@ def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     add_product(out, dz, x, first)
 
 
+def compiles(device: torch.device) -> bool:
+    return device.type in compiled.DEVICES
+
+
 def program(chunk: Chunk, n: int) -> Iterator[Values]:
     """See steps.Values."""
     elements = min(_BLOCK * torch.get_num_threads(), _LARGEST)
-    compiles = chunk.key.device.type in compiled.DEVICES
-    return with_code(chunk, n, elements) if compiles else step_by_step(chunk, n, elements)
+    return (with_code if compiles(chunk.key.device) else step_by_step)(chunk, n, elements)

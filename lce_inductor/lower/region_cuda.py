@@ -43,7 +43,10 @@ def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     weight_gradient(out, dz, x, accumulate=not first)
 
 
+def compiles(device: torch.device) -> bool:
+    return device.type in compiled.DEVICES and available()
+
+
 def program(chunk: Chunk, n: int) -> Iterator[Values]:
     """See steps.Values."""
-    compiles = "cuda" in compiled.DEVICES and available()
-    return with_code(chunk, n, _BLOCK) if compiles else step_by_step(chunk, n, _BLOCK)
+    return (with_code if compiles(chunk.key.device) else step_by_step)(chunk, n, _BLOCK)

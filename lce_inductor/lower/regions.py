@@ -6,14 +6,17 @@ synchronisation with the host and no allocation that depends on values.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ..ops.chunking import round_up
-from . import region_cpu, region_cuda
+from . import compiled, region_cpu, region_cuda
 from .arguments import Arguments, check
 from .compiled import Key
 from .steps import Chunk
@@ -24,14 +27,29 @@ def run(a: Arguments) -> list[Tensor]:
     """The results, each of its own memory."""
     check(a)
     with torch.no_grad():
-        return _run(a, device_of(a))
+        return _run(a, device_of(a)).finished()  # the chunks' memory is free by then
+
+
+def prepare(a: Arguments) -> bool:
+    """Compile what `run` will need for arguments like these, fake ones with sizes that are numbers, ahead of the first
+    call. False where nothing is compiled, because nothing has to be or it failed."""
+    device = device_of(a)
+    if not a.N or not device.compiles(a.first.device):
+        return False
+    check(a)
+    chunks = a.plan(device.KIND)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        key = _Memory(a, chunks.rows, device.ALIGN).key
+    most = compiled.rows_at_a_time(key)
+    pieces = {min(most, n - first) for _, n in chunks.bounds(a.N) for first in range(0, n, most)}
+    return all([compiled.prepare(key, n) for n in sorted(pieces, reverse=True)])
 
 
 def device_of(a: Arguments) -> ModuleType:
     return region_cuda if a.first.is_cuda else region_cpu
 
 
-def _run(a: Arguments, device: ModuleType) -> list[Tensor]:
+def _run(a: Arguments, device: ModuleType) -> _Outputs:
     chunks, outputs = a.plan(device.KIND), _Outputs(a)
     if chunks.count:
         # Products take these as they are; a copy, if one is needed, is made once.
@@ -39,15 +57,13 @@ def _run(a: Arguments, device: ModuleType) -> list[Tensor]:
         memory = _Memory(a, chunks.rows, device.ALIGN)
         with device.guard(a.first):
             for start, n in chunks.bounds(a.N):
-                here = slice(start, start + n)
-                chunk = memory.chunk(a, here)
+                rows = slice(start, start + n)
                 for z, x, w, b in zip(memory.logits, xs, weights, a.biases):
-                    device.logits(z[:n], x[here], w, b)
-                for first, count, values in device.program(chunk, n):
+                    device.logits(z[:n], x[rows], w, b)
+                for first, count, values in device.program(memory.chunk(a, rows), n):
                     outputs.take(slice(start + first, start + first + count), values)
-                outputs.add(device, memory, here, matrices, several=chunks.count > 1)
-        del memory, chunk, z
-    return outputs.finished()
+                outputs.add(device, memory, rows, matrices, several=chunks.count > 1)
+    return outputs
 
 
 class _Memory:
@@ -56,6 +72,7 @@ class _Memory:
     Attributes:
         logits: [rows, V] each, with the row stride that the device's products like.
         factors: by value, of rows as well; most are one of the logits.
+        key: of the program over them.
     """
 
     def __init__(self, a: Arguments, rows: int, align: int) -> None:
@@ -71,13 +88,13 @@ class _Memory:
         self._homes = {i: new(fakes[i].shape[1], fakes[i].dtype) for i, at in found.items() if at is None}
         self.factors = self._homes | {i: self.logits[order.index(at)] for i, at in found.items() if at is not None}
         homes = tuple(meta(h, "rows") for h in self._homes.values())
-        self._key = Key(a.text, metas, homes, a.sizes, a.first.device)
+        self.key = Key(a.text, metas, homes, a.sizes, a.first.device)
         self._blocks: dict[int, list[Tensor]] = {}
 
     def chunk(self, a: Arguments, rows: slice) -> Chunk:
         inputs = _inputs(a, self.logits, rows)
         homes = {i: h[: rows.stop - rows.start] for i, h in self._homes.items()}
-        return Chunk(self._key, inputs, homes, self._blocks)
+        return Chunk(self.key, inputs, homes, self._blocks)
 
 
 def _inputs(a: Arguments, logits: Sequence[Tensor], rows: slice) -> list[Tensor]:
@@ -158,5 +175,7 @@ def _plain(t: Tensor) -> Tensor:
 
 
 def _side_by_side(t: Tensor) -> Tensor:
-    """Rows whose values are side by side: then no stride but that from row to row depends on their number."""
-    return t if t[0].is_contiguous() else t.contiguous()
+    """Rows whose values are side by side, so that no stride depends on how many rows there are."""
+    t = t if t[0].is_contiguous() else t.contiguous()
+    inside = tuple(itertools.accumulate(reversed(t.shape[2:]), operator.mul, initial=1))[::-1] if t.dim() > 1 else ()
+    return t if t.stride()[1:] == inside else t.as_strided(t.shape, (t.stride(0), *inside))

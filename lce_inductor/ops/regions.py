@@ -16,6 +16,7 @@ import torch._inductor.inductor_prims  # the ops that joint graphs, and so progr
 from torch import Tensor
 
 from ..lower.arguments import Arguments
+from ..lower.regions import prepare as ahead
 from ..lower.regions import run
 from ..regions.program import Sym, parse
 
@@ -37,6 +38,38 @@ def _arguments(  # type: ignore[no-untyped-def]
         N, xs, weights, of_heads, rows, whole, matrices, tuple(sizes), program, parse(program), chunk_tokens,
         workspace_bytes,
     )  # fmt: skip
+
+
+def prepare(*args: Any) -> bool:
+    """Compile what a call of the op with arguments like these needs, so that the first one does not have to: for the pass
+    that puts the op into a graph, with the values in its node's meta. Sizes that are symbols count as their hints.
+
+    False where nothing is compiled: not on this device, a size is not known, or it failed.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    found = []
+    with FakeTensorMode():
+        for arg in args:
+            try:
+                found.append(_with_hints(arg))
+            except ValueError:
+                return False
+    return ahead(_arguments(*found))
+
+
+def _with_hints(value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        known = value.node.maybe_as_int() if value.node.hint is None else value.node.hint
+        if known is None:
+            raise ValueError(f"{value} is not known")
+        return int(known)
+    if isinstance(value, (list, tuple)):
+        return [_with_hints(v) for v in value]
+    if isinstance(value, Tensor):
+        shape, stride = _with_hints(list(value.shape)), _with_hints(list(value.stride()))
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return value
 
 
 def _row_region(*args: Any) -> list[Tensor]:
