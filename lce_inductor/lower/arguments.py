@@ -12,6 +12,9 @@ from ..ops.chunking import ChunkPlan, plan
 from ..regions.program import Program, Ref, Sym
 
 
+_NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
+
+
 class Arguments(NamedTuple):
     """N tokens, H hidden, V vocabulary; each head has a V of its own, and x and its weight agree in an H.
 
@@ -71,15 +74,11 @@ def check(a: Arguments) -> None:
         )
     if len(a.weights) != len(a.xs) or len(a.biases) != len(a.xs):
         raise RuntimeError(f"xs: {len(a.xs)} for {len(a.weights)} weights and {len(a.biases)} has_bias")
-    device = a.first.device
-    for name, tensors in (("xs", a.xs), ("weights", a.weights), ("biases", a.biases), ("rows", a.rows),
-                          ("whole", a.whole), ("matrices", a.matrices)):  # fmt: skip
-        for i, t in enumerate(tensors):
-            if t is None:
-                continue
-            if t.device != device:
-                raise RuntimeError(f"{name}[{i}] must be on {device}, got {t.device}")
-            if torch.is_grad_enabled() and t.requires_grad:
+    tensors = (a.xs, a.weights, a.biases, a.rows, a.whole, a.matrices)
+    check_devices(*tensors)
+    for name, group in zip(_NAMES, tensors) if torch.is_grad_enabled() else ():
+        for i, t in enumerate(group):
+            if t is not None and t.requires_grad:
                 raise RuntimeError(
                     f"{name}[{i}] requires grad: row_region has no derivatives, they are among its results; call it "
                     "under no_grad"
@@ -102,6 +101,15 @@ def check(a: Arguments) -> None:
         if m.dim() != 2:
             raise RuntimeError(f"matrices[{i}] must be [V, H], got {list(m.shape)}")
     _check_references(a)
+
+
+def check_devices(*tensors: Sequence[Tensor | None]) -> None:
+    """Raise a RuntimeError that names the first of these lists, in the order of _NAMES, that is elsewhere."""
+    device = next((t.device for group in tensors for t in group if t is not None), None)
+    for name, group in zip(_NAMES, tensors):
+        for i, t in enumerate(group):
+            if t is not None and t.device != device:
+                raise RuntimeError(f"{name}[{i}] must be on {device}, got {t.device}")
 
 
 def _check_references(a: Arguments) -> None:

@@ -42,7 +42,7 @@ def prepare(a: Arguments) -> bool:
         key = _Memory(a, chunks.rows, device.ALIGN).key
     most = compiled.rows_at_a_time(key)
     pieces = {min(most, n - first) for _, n in chunks.bounds(a.N) for first in range(0, n, most)}
-    return all([compiled.prepare(key, n) for n in sorted(pieces, reverse=True)])
+    return all(compiled.prepare(key, n) for n in sorted(pieces - {1}, reverse=True))
 
 
 def device_of(a: Arguments) -> ModuleType:

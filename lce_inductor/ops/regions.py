@@ -15,7 +15,7 @@ import torch
 import torch._inductor.inductor_prims  # the ops that joint graphs, and so programs, may hold
 from torch import Tensor
 
-from ..lower.arguments import Arguments
+from ..lower.arguments import Arguments, check_devices
 from ..lower.regions import prepare as ahead
 from ..lower.regions import run
 from ..regions.program import Sym, parse
@@ -41,8 +41,10 @@ def _arguments(  # type: ignore[no-untyped-def]
 
 
 def prepare(*args: Any) -> bool:
-    """Compile what a call of the op with arguments like these needs, so that the first one does not have to: for the pass
-    that puts the op into a graph, with the values in its node's meta. Sizes that are symbols count as their hints.
+    """Compile what a call of the op with arguments like these needs, so that the first one does not have to.
+
+    For the pass that puts the op into a graph, with the values in its node's meta: a fake kernel runs too often. Sizes
+    that are symbols count as their hints.
 
     False where nothing is compiled: not on this device, a size is not known, or it failed.
     """
@@ -77,6 +79,7 @@ def _row_region(*args: Any) -> list[Tensor]:
 
 
 def _fake(N, xs, weights, biases, has_bias, rows, whole, matrices, sizes, program, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
+    check_devices(xs, weights, biases, rows, whole, matrices)
     like, out = (*xs, *rows, *whole)[0], []
     for r in parse(program).results:
         own = [sizes[s.index] if isinstance(s, Sym) else s for s in r.sizes]
