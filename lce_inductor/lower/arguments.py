@@ -11,7 +11,6 @@ from torch import Tensor
 from ..ops.chunking import ChunkPlan, plan
 from ..regions.program import Program, Ref, Sym
 
-
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._inductor.inductor_prims  # the ops that joint graphs, and so programs, may hold
 from torch import Tensor
 
 from ..lower.arguments import Arguments, check_devices
