@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -15,11 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lce_inductor.lower import blocks, compiled, region_cpu
+from lce_inductor import Config
+from lce_inductor.bench import regions as bench
+from lce_inductor.bench.shapes import Shape
+from lce_inductor.lower import blocks, compiled, region_cpu, region_cuda
+from lce_inductor.lower import regions as lowering
 from lce_inductor.lower.regions import prepare, run
-from lce_inductor.lower.values import places
 from lce_inductor.ops import regions
-from lce_inductor.regions.program import parse
+from lce_inductor.regions.program import Sym, parse
 
 N, H, V = 23, 6, 311
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,6 +53,33 @@ def test_chunks_of_any_size(name: str, chunk_tokens: int) -> None:
 def test_few_rows(name: str, n: int) -> None:
     case = CASES[name](n, H, V, torch.float32)
     close(case.run(), case.reference(), 2e-6)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's plan, padded rows and pieces of products, on the CPU."""
+    monkeypatch.setattr(lowering, "device_of", lambda a: region_cuda)
+    monkeypatch.setattr(region_cuda, "guard", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(region_cuda, "_BLOCK", 4 * V)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("v", [V, 1027])
+def test_padded_rows(name: str, dtype: torch.dtype, v: int, as_on_a_gpu: None) -> None:
+    case = CASES[name](N, H, v, dtype)
+    close(case.run(chunk_tokens=7), case.reference(), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_of_padded_rows(
+    name: str, as_on_a_gpu: None, with_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _count_compiles(monkeypatch, real=False)
+    monkeypatch.setattr(region_cuda, "compiles", lambda device: True)
+    case = CASES[name](N, H, V, torch.float64)
+    close(case.run(7), case.reference(), 1e-12)
+    assert made == [7]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -272,8 +303,6 @@ def test_a_symbolic_size_is_left_open(with_compiler: None, monkeypatch: pytest.M
     for n in (N, N - 4):
         b = Builder("logits", "rows")
         z, _ = b.inputs()
-        from lce_inductor.regions.program import Sym
-
         b.result("row", b.add("aten.sum.dim_IntList", b.add("aten.div.Scalar", z, Sym(0)), (1,)), torch.float64, ())
         base = cross_entropy(n, H, V, torch.float64)
         x, w = base.call[1][0], base.call[7][0]
@@ -350,7 +379,6 @@ def test_kernels_stay_within_32_bits() -> None:
     metas = tuple(compiled.Meta((s,), (s, 1), torch.float32) for s in (1 << 20, 1, 1, 1, 1))
     key = compiled.Key(a.text, metas, (), (), torch.device("cpu"))
     assert compiled.rows_at_a_time(key) * (1 << 20) < 2**31
-    assert places  # each factor has one
 
 
 # -- on a GPU
@@ -397,6 +425,31 @@ def test_gpu_graphs_can_be_captured(warm: bool) -> None:
         graph.replay()
     torch.cuda.synchronize()
     close(out, case.reference(), 1e-2)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"triton.cudagraphs": True}, {"max_autotune": True, "triton.cudagraphs": True}],
+    ids=["default", "reduce-overhead", "max-autotune"],
+)
+def test_gpu_inside_of_compiled_functions(options: dict[str, Any]) -> None:
+    compiled.clear()
+    head = bench.make_head(Shape(700, 64, 4160), torch.bfloat16, torch.device("cuda"))
+    config = Config(min_logits_bytes=0, chunk_tokens=256)
+    made = bench.RegionPass(config)
+    x, weight = head.x.requires_grad_(), head.weight.requires_grad_()
+    run = torch.compile(lambda *ts: bench._grpo(bench.Head(*ts)), options={"joint_custom_pre_pass": made, **options})
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x.grad = weight.grad = None
+        run(*head.all()).backward()
+    found = [x.grad.clone(), weight.grad.clone()]
+    assert made.made
+    exact = bench.Head(*(t.detach().double() if t.is_floating_point() else t for t in head.all()))
+    exact.x.requires_grad_(), exact.weight.requires_grad_()
+    bench._grpo(exact).backward()
+    close(found, [exact.x.grad, exact.weight.grad], 5e-2)
 
 
 @gpu

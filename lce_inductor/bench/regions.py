@@ -63,9 +63,9 @@ class Head:
     advantage: Tensor
 
     def to(self, dtype: torch.dtype) -> Head:
-        return Head(*(t.to(dtype) if t.is_floating_point() else t for t in self._all()))
+        return Head(*(t.to(dtype) if t.is_floating_point() else t for t in self.all()))
 
-    def _all(self) -> list[Tensor]:
+    def all(self) -> list[Tensor]:
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
 
 
@@ -167,7 +167,7 @@ def make_step(name: str, impl: str, head: Head, config: Config) -> tuple[Step, C
     loss, trained = PROGRAMS[name]
     leaves = [getattr(head, t).detach().requires_grad_() for t in trained]
     mine = dataclasses.replace(head, **dict(zip(trained, leaves)))
-    others = [getattr(mine, f.name) for f in dataclasses.fields(mine)]
+    others = mine.all()
 
     def flat(*tensors: Tensor) -> Tensor:
         return loss(Head(*tensors))
