@@ -1,0 +1,52 @@
+"""What a row region does on a GPU: library products (on sm_90 our own), the program compiled for whole chunks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..ops.cuda import available
+from ..ops.products import input_gradient, pieces, weight_gradient
+from . import compiled
+from .steps import Chunk, Values, step_by_step, with_code
+
+# Rows begin on a line of 128 bytes in every dtype of logits.
+KIND, ALIGN = "cuda", 64
+
+# Elements of a block where there is no code: 64 MiB in fp32, enough to fill a GPU.
+_BLOCK = 1 << 24
+
+
+def guard(t: Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the current device, which need not be the tensor's."""
+    here = t.get_device() == torch._C._cuda_getDevice()
+    return contextlib.nullcontext() if here else torch.cuda.device(t.device)
+
+
+def logits(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """z = x @ weight, and the bias: one rounding, as in eager."""
+    for c in pieces(z.shape[1], z.element_size()):
+        if bias is None:
+            torch.mm(x, weight[:, c], out=z[:, c])
+        else:
+            torch.addmm(bias[c], x, weight[:, c], out=z[:, c])
+
+
+def dx(out: Tensor, dz: Tensor, matrix: Tensor) -> None:
+    input_gradient(out, dz, matrix)
+
+
+def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    weight_gradient(out, dz, x, accumulate=not first)
+
+
+def compiles(device: torch.device) -> bool:
+    return device.type in compiled.DEVICES and available()
+
+
+def program(chunk: Chunk, n: int) -> Iterator[Values]:
+    """See steps.Values."""
+    return (with_code if compiles(chunk.key.device) else step_by_step)(chunk, n, _BLOCK)

@@ -1,0 +1,181 @@
+"""A row region in chunks: logits into memory that the chunks share, the program over them, then dX and dW.
+
+What devices do in their own way, the products and the program over a chunk, is in region_cpu and region_cuda. No
+synchronisation with the host and no allocation that depends on values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from ..ops.chunking import round_up
+from . import compiled, region_cpu, region_cuda
+from .arguments import Arguments, check
+from .compiled import Key
+from .steps import Chunk
+from .values import Meta, meta, places, propagate, used, wide
+
+
+def run(a: Arguments) -> list[Tensor]:
+    """The results, each of its own memory."""
+    check(a)
+    with torch.no_grad():
+        return _run(a, device_of(a)).finished()  # the chunks' memory is free by then
+
+
+def prepare(a: Arguments) -> bool:
+    """Compile what `run` will need for arguments like these, fake ones with sizes that are numbers, ahead of the first
+    call. False where nothing is compiled, because nothing has to be or it failed."""
+    device = device_of(a)
+    if not a.N or not device.compiles(a.first.device):
+        return False
+    check(a)
+    chunks = a.plan(device.KIND)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        key = _Memory(a, chunks.rows, device.ALIGN).key
+    most = compiled.rows_at_a_time(key)
+    pieces = {min(most, n - first) for _, n in chunks.bounds(a.N) for first in range(0, n, most)}
+    return all(compiled.prepare(key, n) for n in sorted(pieces - {1}, reverse=True))
+
+
+def device_of(a: Arguments) -> ModuleType:
+    return region_cuda if a.first.is_cuda else region_cpu
+
+
+def _run(a: Arguments, device: ModuleType) -> _Outputs:
+    chunks, outputs = a.plan(device.KIND), _Outputs(a)
+    if chunks.count:
+        # Products take these as they are; a copy, if one is needed, is made once.
+        xs, weights, matrices = ([_plain(t) for t in ts] for ts in (a.xs, a.weights, a.matrices))
+        memory = _Memory(a, chunks.rows, device.ALIGN)
+        with device.guard(a.first):
+            for start, n in chunks.bounds(a.N):
+                rows = slice(start, start + n)
+                for z, x, w, b in zip(memory.logits, xs, weights, a.biases):
+                    device.logits(z[:n], x[rows], w, b)
+                for first, count, values in device.program(memory.chunk(a, rows), n):
+                    outputs.take(slice(start + first, start + first + count), values)
+                outputs.add(device, memory, rows, matrices, several=chunks.count > 1)
+    return outputs
+
+
+class _Memory:
+    """What all chunks share: the logits of each head, and the factors of dX and dW that none of those are for.
+
+    Attributes:
+        logits: [rows, V] each, with the row stride that the device's products like.
+        factors: by value, of rows as well; most are one of the logits.
+        key: of the program over them.
+    """
+
+    def __init__(self, a: Arguments, rows: int, align: int) -> None:
+        def new(columns: int, dtype: torch.dtype) -> Tensor:
+            apart = max(round_up(columns, align), 1)
+            return a.first.new_empty((rows, apart), dtype=dtype)[:, :columns]
+
+        self.logits = [new(w.shape[1], x.dtype) for x, w in zip(a.xs, a.weights)]
+        metas = _metas(a, _inputs(a, self.logits, slice(0, rows)))
+        what = (a.text, metas, a.sizes, a.first.device)
+        fakes = propagate(a.text, 2, *what[1:])
+        found, order = places(*what), [i for i, kind in enumerate(a.program.inputs) if kind == "logits"]
+        self._homes = {i: new(fakes[i].shape[1], fakes[i].dtype) for i, at in found.items() if at is None}
+        self.factors = self._homes | {i: self.logits[order.index(at)] for i, at in found.items() if at is not None}
+        homes = tuple(meta(h, "rows") for h in self._homes.values())
+        self.key = Key(a.text, metas, homes, a.sizes, a.first.device)
+        self._blocks: dict[int, list[Tensor]] = {}
+
+    def chunk(self, a: Arguments, rows: slice) -> Chunk:
+        inputs = _inputs(a, self.logits, rows)
+        homes = {i: h[: rows.stop - rows.start] for i, h in self._homes.items()}
+        return Chunk(self.key, inputs, homes, self._blocks)
+
+
+def _inputs(a: Arguments, logits: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """The program's inputs, in order, for some rows."""
+    found, given = [], {"logits": iter(logits), "rows": iter(a.rows), "whole": iter(a.whole)}
+    for i, kind in enumerate(a.program.inputs):
+        t = next(given[kind])
+        if kind == "logits":
+            t = t[: rows.stop - rows.start]
+        elif kind == "rows":
+            t = _side_by_side(t[rows]) if i in used(a.text) else t[rows]
+        found.append(t)
+    return found
+
+
+def _metas(a: Arguments, inputs: Sequence[Tensor]) -> tuple[Meta, ...]:
+    return tuple(meta(t, kind) for kind, t in zip(a.program.inputs, inputs))
+
+
+class _Outputs:
+    """The results as they grow: rows and dX side by side, sums and dW added up, in fp32 if there are several chunks."""
+
+    def __init__(self, a: Arguments) -> None:
+        self.a, self.results = a, a.program.results
+        # Made when they are needed: before the first product, a GPU waits.
+        self.found: list[Tensor | None] = [None] * len(self.results)
+
+    def take(self, rows: slice, values: Sequence[Tensor]) -> None:
+        """Some rows' values of kind row and sums of those of kind sum, in order."""
+        given = iter(values)
+        for k, result in enumerate(self.results):
+            if result.kind == "row":
+                self._of_rows(k)[rows].copy_(next(given))
+            elif result.kind == "sum":
+                value, found = next(given), self.found[k]
+                self.found[k] = value if found is None else found.add_(value)
+
+    def add(self, device: ModuleType, memory: _Memory, rows: slice, matrices: Sequence[Tensor], several: bool) -> None:
+        """A chunk's products. several: there are other chunks."""
+        for k, result in enumerate(self.results):
+            if result.kind not in ("dx", "dw"):
+                continue
+            factor = memory.factors[result.value.index][: rows.stop - rows.start]
+            if result.kind == "dx":
+                device.dx(self._of_rows(k)[rows], factor, matrices[result.other])
+                continue
+            found = self.found[k]
+            if found is None:
+                dtype = wide(result.dtype) if several else result.dtype
+                self.found[k] = factor.new_empty(self.a.size(result.sizes), dtype=dtype)
+            device.dw(self.found[k], factor, _plain(self.a.rows[result.other][rows]), found is None)
+
+    def finished(self) -> list[Tensor]:
+        """The chunk must be free by now: a cast is where a sum exists twice."""
+        out = []
+        for k, result in enumerate(self.results):
+            found, self.found[k] = self.found[k], None
+            if found is None and result.kind in ("row", "dx"):
+                found = self._of_rows(k)
+            elif found is None:
+                found = self.a.first.new_zeros(self.a.size(result.sizes), dtype=result.dtype)
+            out.append(found.to(result.dtype))
+        return out
+
+    def _of_rows(self, k: int) -> Tensor:
+        found = self.found[k]
+        if found is None:
+            shape = (self.a.N, *self.a.size(self.results[k].sizes))
+            found = self.found[k] = self.a.first.new_empty(shape, dtype=self.results[k].dtype)
+        return found
+
+
+def _plain(t: Tensor) -> Tensor:
+    """A matrix itself where libraries take its strides, else a copy."""
+    rows, columns = t.stride()
+    taken = (columns == 1 and rows >= t.shape[1]) or (rows == 1 and columns >= t.shape[0])
+    return t if taken else t.contiguous()
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """Rows whose values are side by side, so that no stride depends on how many rows there are."""
+    t = t if t[0].is_contiguous() else t.contiguous()
+    inside = tuple(itertools.accumulate(reversed(t.shape[2:]), operator.mul, initial=1))[::-1] if t.dim() > 1 else ()
+    return t if t.stride()[1:] == inside else t.as_strided(t.shape, (t.stride(0), *inside))
