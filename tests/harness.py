@@ -29,6 +29,7 @@ from functorch.compile import default_partition, make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._guards import TracingContext, tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -79,9 +80,8 @@ class Traced:
 
     def guards(self) -> list[str]:
         """What the trace has had to assume about sizes."""
-        values = [n.meta.get("val") for n in self.graph.nodes]
-        mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
-        return [] if mode.shape_env is None else [str(g.expr) for g in mode.shape_env.guards]
+        env = fake_mode(self.gm).shape_env
+        return [] if env is None else [str(g.expr) for g in env.guards]
 
     def largest(self) -> int:
         """Elements of the largest tensor that a run makes outside the fused ops."""
@@ -157,6 +157,7 @@ def _traced(fn: Fn, args: Sequence[Any], dynamic: bool | None, decompose: bool, 
         return first
 
     torch._dynamo.reset()
+    args = fresh(args)  # Dynamo remembers on a tensor which of its sizes were symbols
     with torch.set_grad_enabled(grad):
         torch.compile(fn, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
     (gm,) = graphs
@@ -271,15 +272,22 @@ def _text(value: Any, names: dict[Node, str]) -> str:
     return repr(value)
 
 
+def fake_mode(gm: GraphModule) -> FakeTensorMode:
+    """The mode of a graph's values."""
+    values = (n.meta.get("val") for n in gm.graph.nodes)
+    return next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+
+
 def decided(gm: GraphModule | Traced, schedule: bool = True, **settings: Any) -> regions.Decision:
     """Run the heads stage on a graph, and the schedule stage behind it."""
     gm = gm.gm if isinstance(gm, Traced) else gm
     config = Config(**{"min_logits_bytes": 0, **settings})
-    decision = regions.decide(gm.graph, config)
-    if decision.chosen:
-        regions.apply(gm.graph, decision, config)
-        if schedule:
-            schedule_stage(gm.graph, config)
+    with tracing(TracingContext(fake_mode(gm))):  # as Inductor runs its passes
+        decision = regions.decide(gm.graph, config)
+        if decision.chosen:
+            regions.apply(gm.graph, decision, config)
+            if schedule:
+                schedule_stage(gm.graph, config)
     gm.recompile()
     return decision
 
@@ -315,7 +323,9 @@ def check_graph(traced: Traced, others: Sequence[Sequence[Any]] = (), **settings
             assert (f.dtype, f.shape) == (e.dtype, e.shape), f"result {i}"
             eps = torch.finfo(e.dtype).eps if e.is_floating_point() else 0.0
             scale = max(e.abs().nan_to_num(0, 0, 0).max().item(), 1.0) if e.is_floating_point() and e.numel() else 0.0
-            torch.testing.assert_close(f, e, rtol=64 * eps, atol=64 * eps * scale, equal_nan=True, msg=lambda m: f"result {i}: {m}")
+            torch.testing.assert_close(
+                f, e, rtol=64 * eps, atol=64 * eps * scale, equal_nan=True, msg=lambda m: f"result {i}: {m}"
+            )
     return found
 
 

@@ -65,14 +65,16 @@ class Writer:
         import operator
 
         ops = {sympy.Mul: operator.mul, sympy.Add: operator.add}
-        if type(expr) not in ops:
+        parts = factors(expr)
+        if type(expr) not in ops and len(parts) < 2:
             raise ValueError(f"no node of the graph has the size {expr}")
-        first, *rest = expr.args
+        first, *rest = expr.args if type(expr) in ops else parts
         out = self.size(first)
         for other in rest:
             right = self.size(other)
             values = [v.meta["val"] if isinstance(v, Node) else v for v in (out, right)]
-            out = self._size_node(ops[type(expr)], (out, right), ops[type(expr)](*values))
+            op = ops.get(type(expr), operator.mul)
+            out = self._size_node(op, (out, right), op(*values))
         return out
 
     def _size_node(self, target: Any, args: Any, value: Any) -> Node:
@@ -98,11 +100,18 @@ def find_size(graph: Graph, expr: Any, avoid: set[Node]) -> Node | tuple[Node, i
     return None
 
 
+def factors(expr: Any) -> list[Any]:
+    """s, s of s**2."""
+    power = isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and expr.exp > 1
+    return [expr.base] * int(expr.exp) if power else [expr]
+
+
 def can_size(graph: Graph, expr: Any, avoid: set[Node]) -> bool:
     """Can a Writer give this size?"""
     if isinstance(expr, (int, sympy.Integer)) or find_size(graph, expr, avoid) is not None:
         return True
-    return isinstance(expr, (sympy.Mul, sympy.Add)) and all(can_size(graph, a, avoid) for a in expr.args)
+    parts = expr.args if isinstance(expr, (sympy.Mul, sympy.Add)) else factors(expr)
+    return len(parts) > 1 and all(can_size(graph, a, avoid) for a in parts)
 
 
 def fake_mode(values: Any) -> Any:

@@ -13,7 +13,7 @@ from ..graph.values import size_hint
 from .facts import Crossing, bound, fact, moved_dims, operand_tags
 from .labels import Labels
 from .program import Program, Ref, Result, Rows, Step, Sym, name_of
-from .spaces import Space
+from .spaces import Space, reached
 from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
 
 aten = torch.ops.aten
@@ -155,10 +155,8 @@ class Emitter:
         """Rows selected, or put back: in the rows of this program nothing is done."""
         for source in self.labels.passes[node]:
             label = self.labels.of[source]
-            reached = {p.find() for p in label.parts} if label.parts is not None else self._above(label.space)
-            if label.parts is None and label.space.find() is self.space:
-                reached = {self.space}
-            if self.space not in reached:
+            here = {p.find() for p in label.parts} if label.parts is not None else reached(label.space)
+            if self.space not in here:
                 continue
             ref = self.value(source, label.tags, label.space)
             before, after = label.tags.replace(ROW, ""), tags.replace(ROW, "")
@@ -168,17 +166,6 @@ class Emitter:
                 return ref
             return self._reshaped(ref, tags, local_sizes(tags, shape_of(node) or ()))
         return None
-
-    def _above(self, space: Space) -> set[Space]:
-        """These rows and all that follow from them."""
-        found, todo = {space.find()}, [space.find()]
-        while todo:
-            for move in todo.pop().moves:
-                after = move.after.find()
-                if after not in found:
-                    found.add(after)
-                    todo.append(after)
-        return found
 
     def _source(self, node: Node, home: Space) -> Ref:
         key = ("logits", node)

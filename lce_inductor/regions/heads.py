@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .facts import Crossing, bound
+from .facts import bound
 from .labels import PRODUCTS
 from .tags import is_one, shape_of
 
@@ -23,14 +23,17 @@ class Head(NamedTuple):
 
     @staticmethod
     def of(node: Node) -> Head:
-        """The operands of a product. Raises Crossing where it is scaled."""
+        """The operands of a product."""
         a = bound(node)
         names = list(a)
         if node.target in (aten.mm.default, aten.bmm.default):
             return Head(a[names[0]], a[names[1]], None)
-        if any(a.get(k, 1) != 1 for k in ("beta", "alpha")):
-            raise Crossing("a scaled product", "escape")
         return Head(a[names[1]], a[names[2]], a["self"])
+
+
+def is_scaled(node: Node) -> bool:
+    """addmm(b, x, w, beta=..., alpha=...): no product that anything here computes."""
+    return any(bound(node).get(k, 1) != 1 for k in ("beta", "alpha"))
 
 
 def tangents_of(graph: Graph) -> set[Node]:

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from ..graph.values import size_hint
 from .facts import Crossing, Fact, at, bound, fact, result_tags
-from .spaces import Move, Space, backward_move, forward_move, nth_row, row_sizes
+from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
 
 aten = torch.ops.aten
@@ -229,7 +229,10 @@ class Labels:
                 raise Crossing("rows and classes are mixed by a view")
             return self.of[args[0]]._replace(tags=tags)
         tags = result_tags(node, found, {a: self.of[a].tags for a in args if a in dict(found.operands)})
-        return Label(tags, *self._common(node, args))
+        space, parts = self._common(node, args)
+        if ROW in tags and not same_size(product(row_sizes(tags, shape_of(node) or ())), space.find().count):
+            raise Crossing("each row meets all others")  # s[:, None] - s[None]
+        return Label(tags, space, parts)
 
     def _item(self, node: Node, source: Node) -> Label:
         label = self.of[source]
@@ -262,7 +265,7 @@ class Labels:
             theirs = self.of[other].space.find()
             if theirs is space:
                 continue
-            if not same_size(theirs.count, space.count) or self._related(space, theirs):
+            if not same_size(theirs.count, space.count) or related(space, theirs):
                 raise Crossing("rows of two selections meet")
             space = space.join(theirs)
         parts = [self.of[a].parts for a in withrows]
@@ -283,10 +286,6 @@ class Labels:
         if len(scattered) == 1 and keeps_zeros(node, scattered[0]):
             return self.of[scattered[0]].parts
         raise Crossing("a gradient of selected rows is changed in a way that is not linear")
-
-    def _related(self, a: Space, b: Space) -> bool:
-        """Does one follow from the other? Then rows of the same number are others all the same."""
-        return any(s.find() is b.find() for s in ancestors(a)) or any(s.find() is a.find() for s in ancestors(b))
 
     def _move(self, node: Node, args: list[Node]) -> Label | None:
         """Rows that are selected or ordered anew, and gradients that go back."""
@@ -454,17 +453,6 @@ def keeps_zeros(node: Node, arg: Node) -> bool:
     if node.target is aten.index_put.default:
         return node.args[2] is arg and is_zero(node.args[0])
     return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
-
-
-def ancestors(space: Space) -> list[Space]:
-    found, todo = [], [space.find()]
-    while todo:
-        for move in todo.pop().found_from:
-            before = move.before.find()
-            if before not in found:
-                found.append(before)
-                todo.append(before)
-    return found
 
 
 def is_zero(node: Any) -> bool:

@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 
 from .emit import Emitter
 from .facts import Crossing
-from .heads import candidates, tangents_of
-from .labels import Labels, Problem, Sink, ancestors
-from .spaces import Space
+from .heads import candidates, is_scaled, tangents_of
+from .labels import Labels, Problem, Sink
+from .spaces import Space, ancestors
 from .tangent import Tangent
 
 
@@ -59,6 +59,8 @@ def find(graph: Graph, deferred: frozenset[Node] = frozenset()) -> Found:
     tangents = tangents_of(graph)
     labels = Labels(graph, tangents, deferred)
     labels.run(candidates(graph, labels.on_tangent))
+    for head in filter(is_scaled, labels.sources):
+        labels.problems.setdefault(head, Problem("escape", head, "a product that is scaled"))
     regions, problems = [], dict(labels.problems)
     for heads, spaces in components(labels):
         trouble = next((labels.problems[h] for h in heads if h in labels.problems), None)

@@ -92,6 +92,36 @@ def _size_of(node: Node) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt) else None
 
 
+def related(a: Space, b: Space) -> bool:
+    """Would there be two ways from some rows to others if these were one set?
+
+    Then the second way picks other rows: z[:-1] is not z[1:], though both have as many rows and the same source.
+    """
+    return any(reached(p) & reached(q) for s, q in ((a, b), (b, a)) for p in (s, *ancestors(s)))
+
+
+def reached(space: Space) -> set[Space]:
+    """These rows and all that follow from them."""
+    found, todo = {space.find()}, [space.find()]
+    while todo:
+        for after in (move.after.find() for move in todo.pop().moves):
+            if after not in found:
+                found.add(after)
+                todo.append(after)
+    return found
+
+
+def ancestors(space: Space) -> list[Space]:
+    found, todo = [], [space.find()]
+    while todo:
+        for move in todo.pop().found_from:
+            before = move.before.find()
+            if before not in found:
+                found.append(before)
+                todo.append(before)
+    return found
+
+
 def row_sizes(tags: str, shape: tuple[Size, ...]) -> tuple[Size, ...]:
     return tuple(s for s, t in zip(shape, tags) if t == ROW)
 

@@ -40,6 +40,7 @@ def schedule(graph: Graph, config: Config) -> None:
             rewrite.recompute(graph, forward, backward)
             continue
         rewrite.merge(graph, forward, backward, gradients)
+        rewrite.sort(graph)  # what the next head's gradients depend on is read off the order
         report.count("gradients:forward")
         log.debug("%s: gradients are computed in the forward (3 products)", name)
     if found:

@@ -190,12 +190,17 @@ def _fake_mode(values: Any) -> Any:
     return mode if mode is not None else contextlib.nullcontext()
 
 
-def finish(graph: Graph) -> None:
-    """Coefficients may stand after the head that now reads them: sort, and drop the formulas nobody reads."""
+def sort(graph: Graph) -> None:
+    """Coefficients may stand after the head that now reads them."""
     stable_topological_sort(graph)
     last = next(iter(reversed(graph.nodes)))
     output = next(iter(graph.find_nodes(op="output")))
     if output is not last:  # the sort may leave nodes behind it that nothing reads
         last.append(output)
+
+
+def finish(graph: Graph) -> None:
+    """Put the graph in order, and drop the formulas nobody reads."""
+    sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
