@@ -111,7 +111,7 @@ def test_another_source_misses(cold, tmp_path):
 def test_uuid_depends_on_the_settings_and_the_stage():
     keys = {
         cls(Config(**settings)).uuid()
-        for cls in (passes.RecognizePass, passes.SchedulePass)
+        for cls in (passes.DeferPass, passes.HeadsPass)
         for settings in (
             {},
             {"min_logits_bytes": 0},
@@ -123,7 +123,7 @@ def test_uuid_depends_on_the_settings_and_the_stage():
         )
     }
     assert len(keys) == 14
-    assert passes.RecognizePass(Config()).uuid() == passes.RecognizePass(Config()).uuid()
+    assert passes.DeferPass(Config()).uuid() == passes.DeferPass(Config()).uuid()
 
 
 def test_every_setting_is_in_the_key():

@@ -11,8 +11,8 @@ import zlib
 
 import pytest
 import torch
-from corpus import CASES, Case, Either, Refuse, Rewrite, harness
-from corpus.codes import UNSEEN
+from corpus import CASES, Case, Refuse, Rewrite, harness
+from corpus.codes import TOO_SMALL, UNSEEN
 from corpus.registry import Expectation
 
 import lce_inductor
@@ -43,13 +43,11 @@ def settle(case: Case, expect: Expectation, run: harness.Run) -> None:
     codes = {k.removeprefix("refused:") for k in run.counts if k.startswith("refused:")}
     seen = f"{case.name}: {rewritten} rewritten, refused {sorted(codes) or 'nothing'}"
     assert "internal-error" not in codes, seen
+    if expect == Refuse(UNSEEN):
+        assert rewritten == 0 and codes <= {TOO_SMALL}, f"{seen}; no head is there to be seen"
+        return
     if isinstance(expect, Refuse):
         assert rewritten == 0 and expect.code in codes, f"{seen}; must be refused with {expect.code!r}"
-        return
-    if isinstance(expect, Either) and rewritten < case.heads:
-        assert (codes or {UNSEEN}) & set(expect.codes), (
-            f"{seen}; must be rewritten or refused with one of {expect.codes}"
-        )
         return
     assert rewritten >= case.heads, f"{seen}; must be rewritten {case.heads} times"
     if case.rows and not case.keeps_logits:
@@ -117,37 +115,22 @@ def test_limit_bites(case: Case) -> None:
     assert run.largest.largest >= case.limit
 
 
-# What make_fx takes apart further than the rules follow: a fill through a view, one-hot vectors made by comparison
-# (whose indices nothing checks), logits squeezed in place. Left alone, results right.
-ATEN_GAPS = {
-    "in-place/class-mask-assigned",
-    "in-place/one-class-minus-infinity",
-    "in-place/padded-classes-finfo-min",
-    "in-place/padded-classes-minus-infinity",
-    "logprobs/one-hot-product",
-    "logprobs/poly-loss",
-    "plain/one-dimensional-logits",
+ATEN_UNTRACED = {
+    "in-place/weight-stepped-after-loss": "aot_function alone saves the weight, which the program then changes",
 }
 
 
 @each_case
 def test_aten_graph(case: Case) -> None:
-    """The same rules on the flat ATen graph that make_fx traces."""
+    """The joint graph that AOTAutograd traces of the case as it stands: neither Dynamo nor Inductor simplified it."""
     if case.unbacked or not case.fullgraph or case.no_grad is None:
         pytest.skip("not one graph")
-    before, after = harness.aten_runs(case, lce_inductor)
-    assert after.counts["refused:internal-error"] == 0
-    _, narrowest = harness.reference_run(case, torch.float64)
-    tolerance = 16 * torch.finfo(narrowest).eps if narrowest != torch.float64 else 1e-11
-    for name, value in after.results().items():
-        other = before.results()[name]
-        assert (value is None) == (other is None), f"{case.name}: {name}"
-        if value is not None and other is not None:
-            assert (value.dtype, value.shape) == (other.dtype, other.shape), f"{case.name}: {name}"
-            error = harness.relative_error(value, other)
-            assert error <= tolerance, f"{case.name}: {name}: relative error {error:.3g}"
-    if isinstance(case.expect, Rewrite) and case.aten:
-        assert (after.counts["rewritten"] >= 1) == (case.name not in ATEN_GAPS), f"{case.name}: {dict(after.counts)}"
+    if case.name in ATEN_UNTRACED:
+        pytest.skip(ATEN_UNTRACED[case.name])
+    run = harness.aten_run(case, torch.float64, lce_inductor)
+    settle(case, case.expect, run)
+    eager = harness.eager_run(case, torch.float64)
+    harness.check_close(case, run, eager, *harness.reference_run(case, torch.float64))
 
 
 @each_case

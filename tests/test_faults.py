@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import gc
 import json
 import os
@@ -14,21 +15,36 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from corpus.harness import no_codegen_backend
-from fault_cases import BY_RULE, WHOLE, Fault, Injected, capped, of_rule, several_losses, two_heads
-from harness import Compiled, assert_same_bits, dynamo_graph, fresh, head, results
+from fault_cases import (
+    BY_RULE,
+    NEVER_ASKED,
+    WHOLE,
+    Calls,
+    Fault,
+    Injected,
+    again,
+    by_row,
+    capped,
+    of_rule,
+    several_losses,
+    two_heads,
+)  # fmt: skip
+from harness import Compiled, assert_same_bits, fresh, head, joint_graph, results
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 import lce_inductor
-from lce_inductor import Config, chain, passes
-from lce_inductor.recognize import recognize
-from lce_inductor.recognize.forms import RULES
+from lce_inductor import Config, chain, passes, regions
+from lce_inductor.graph.backup import Backup
+from lce_inductor.regions.facts import RULES
+from lce_inductor.regions.fused import _STEPS
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -38,38 +54,85 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # -- an exception inside a pass
 
 
+TABLES: dict[str, dict[Any, Any]] = {"fact": RULES, "step": _STEPS}
+EVERY = [f"{table} {op}" for table, rules in TABLES.items() for op in rules]
+
+
+@functools.cache
+def graphs() -> dict[str, GraphModule]:
+    """Joint graphs of all programs, and again without what Inductor decomposes, where that is another graph."""
+    found = {}
+    for name in BY_RULE:
+        for decompose in (True, False):
+            gm = joint_graph(of_rule(name), *fresh(head()), decompose=decompose).gm
+            found[name if decompose else f"{name}, whole"] = gm
+    return found
+
+
+@functools.cache
+def asked() -> dict[str, str]:
+    """Rule -> a program on whose way it is asked."""
+    found: dict[str, str] = {}
+    now = ""
+
+    def noting(rule: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any) -> Any:
+            found.setdefault(rule, now)
+            return real(*args)
+
+        return note
+
+    with contextlib.ExitStack() as stack:
+        for table, rules in TABLES.items():
+            stack.enter_context(mock.patch.dict(rules, {op: noting(f"{table} {op}", rules[op]) for op in rules}))
+        for name, gm in graphs().items():
+            now = name
+            passes.HeadsPass(Config(min_logits_bytes=0))(again(gm).graph)
+    return found
+
+
 def test_every_rule_has_a_program():
-    assert set(BY_RULE) == set(RULES)
+    assert set(EVERY) - set(asked()) == set(NEVER_ASKED)
 
 
-def break_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_rule(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise Injected("out of luck")
 
-    monkeypatch.setitem(RULES, name, broken)
+    table, op = rule.split(" ", 1)
+    rules = TABLES[table]
+    monkeypatch.setitem(rules, next(o for o in rules if str(o) == op), broken)
 
 
-@pytest.mark.parametrize("name", BY_RULE)
-def test_an_exception_inside_a_rule(name, monkeypatch, caplog):
+@pytest.mark.parametrize("rule", [r for r in EVERY if r not in NEVER_ASKED])
+def test_an_exception_inside_a_rule(rule, monkeypatch, caplog):
     """One warning with the code, one count, and the graph as it was."""
-    gm = dynamo_graph(of_rule(name), *fresh(head()))
-    before = str(gm.graph)
-    break_rule(name, monkeypatch)
+    gm = again(graphs()[asked()[rule]])
+    before = anatomy(gm.graph)
+    break_rule(rule, monkeypatch)
     counters.clear()
-    passes.RecognizePass(Config(min_logits_bytes=0))(gm.graph)
-    assert str(gm.graph) == before
+    caplog.clear()
+    passes.HeadsPass(Config(min_logits_bytes=0))(gm.graph)
+    assert anatomy(gm.graph) == before
+    gm.graph.lint()
     assert counters["lce_inductor"] == {"refused:internal-error": 1}
     (warning,) = warnings_of(caplog)
-    assert "recognize" in warning and "Injected: out of luck" in warning
+    assert "heads" in warning and "Injected: out of luck" in warning
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "gather", "getitem", "logsumexp", "masked_fill", "sum"])
-def test_a_compile_with_a_broken_rule(name, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "rule",
+    ["fact aten.gather.default", "fact aten.amax.default", "fact aten.sum.dim_IntList", "fact aten.slice.Tensor",
+     "step aten.exp.default", "step aten.log.default"],
+)  # fmt: skip
+def test_a_compile_with_a_broken_rule(rule, monkeypatch, caplog):
     """The bits of torch.compile alone."""
-    plain = results(Compiled(of_rule(name)), fresh(head()))
-    break_rule(name, monkeypatch)
+    fn = of_rule(asked()[rule].removesuffix(", whole"))
+    plain = results(Compiled(fn), fresh(head()))
+    break_rule(rule, monkeypatch)
+    caplog.clear()
     with lce_inductor.installed(min_logits_bytes=0):
-        compiled = Compiled(of_rule(name))
+        compiled = Compiled(fn)
         assert_same_bits(results(compiled, fresh(head())), plain)
     assert compiled.counts == {"refused:internal-error": 1} and len(warnings_of(caplog)) == 1
 
@@ -80,49 +143,56 @@ def anatomy(graph: Graph) -> list[Any]:
     return [(n.op, n.target, *torch.fx.map_arg((n.args, n.kwargs), lambda a: index[a]), sorted(n.meta)) for n in index]
 
 
-def inject(graph: Graph, run: Callable[[], Any], folders: tuple[str, ...], step: int) -> tuple[int, Any]:
-    """Run a stage again and again, each time with an exception `step` calls later, until it comes to its end.
+PACKAGE = ("regions", "schedule", "graph", "ops/epilogue.py", "ops/chunking.py", "reasons.py", "passes.py")
 
-    After each exception the graph has to be what it was. Returns the number of faults, and what the last run gave.
-    """
-    before, faults = anatomy(graph), 0
-    while True:
-        fault = Fault(faults * step, *folders)
+
+def inject(graph: Graph, run: Callable[[], Any], folders: tuple[str, ...], most: int) -> int:
+    """Run a stage again and again, with an exception at the first two and the last call of each of its functions and at
+    about `most` calls between. After each the graph has to be what it was. Returns the number of faults."""
+    before, calls = anatomy(graph), Calls(*folders)
+    with calls.armed():
+        run()
+    assert anatomy(graph) == before, "the run that counts has to leave the graph alone"
+    for at in calls.chosen(most):
+        fault = Fault(at, *folders)
         try:
             with fault.armed():
-                found = run()
+                run()
         except Injected:
             assert anatomy(graph) == before
             graph.lint()
-            faults += 1
-            continue
-        assert not fault.raised, "the stage went on after an exception"
-        return faults, found
+        else:
+            raise AssertionError(f"the stage went on after {calls.names[at]}")
+    return len(calls.chosen(most))
 
 
 @pytest.mark.parametrize("fn", WHOLE)
-def test_an_exception_at_every_call_of_the_recognise_stage(fn):
-    gm = dynamo_graph(fn, *fresh(head()))
-    before = anatomy(gm.graph)
-    run = lambda: recognize(gm.graph, Config(min_logits_bytes=0))
-    faults, plans = inject(gm.graph, run, ("recognize", "ops/epilogue.py", "reasons.py"), 1)
-    assert faults > 90
-    assert all(p.refusal is None for p in plans) and anatomy(gm.graph) != before
+def test_an_exception_at_every_function_of_the_decision(fn):
+    """It changes nothing, whether it comes to its end or not."""
+    graph = joint_graph(fn, *fresh(head())).graph
+    assert inject(graph, lambda: regions.decide(graph, Config(min_logits_bytes=0)), PACKAGE, 60) > 100
 
 
-@pytest.mark.parametrize("fn, dynamic", [*((fn, False) for fn in WHOLE), (two_heads, True)])
-def test_an_exception_at_every_fourth_call_of_the_schedule_stage(fn, dynamic, monkeypatch):
+@pytest.mark.parametrize("fn, dynamic", [*((fn, False) for fn in WHOLE), (two_heads, True), (by_row, True)])
+def test_an_exception_at_every_function_of_the_pass(fn, dynamic, monkeypatch):
     """In the joint graph of a compile, which goes on afterwards with the right numbers."""
-    seen = []
+    seen: list[Any] = []
 
     def run(self: Any, graph: Graph) -> None:
+        def whole() -> None:
+            backup = Backup(graph)
+            real(self, graph)
+            backup.restore()
+
         try:
-            seen.append(inject(graph, lambda: real(self, graph), ("schedule",), 4)[0])
+            seen.append(inject(graph, whole, PACKAGE, 40))
         except AssertionError as error:  # which the pass would turn into a warning
             seen.append(error)
+        counters.clear()
+        real(self, graph)
 
-    real = passes.SchedulePass.run
-    monkeypatch.setattr(passes.SchedulePass, "run", run)
+    real = passes.HeadsPass.run
+    monkeypatch.setattr(passes.HeadsPass, "run", run)
     with lce_inductor.installed(min_logits_bytes=0):
         compiled = Compiled(fn, dynamic=dynamic)
         found = compiled(*(args := head()))
@@ -135,7 +205,7 @@ def test_an_exception_at_every_fourth_call_of_the_schedule_stage(fn, dynamic, mo
     torch.testing.assert_close([loss, args[0].grad, args[1].grad], [reference, expected[0].grad, expected[1].grad])
     assert compiled.counts["rewritten"] and not compiled.refusals
     (faults,) = seen
-    assert faults > 60
+    assert faults > 150
 
 
 def test_an_exception_in_the_report(monkeypatch, caplog, installed):
@@ -153,7 +223,7 @@ def test_an_exception_in_the_report(monkeypatch, caplog, installed):
 # -- an interrupted compile
 
 
-@pytest.mark.parametrize("stage, at", [("recognize", 5), ("recognize", 110), ("schedule", 40), ("schedule", 200)])
+@pytest.mark.parametrize("stage, at", [("regions", 5), ("regions", 1100), ("graph", 40), ("schedule", 40)])
 def test_an_interrupt_propagates_and_the_next_compile_works(stage, at, installed):
     compiled = Compiled(capped)
     fault = Fault(at, stage, error=KeyboardInterrupt)
@@ -185,7 +255,9 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     """Runs on fresh arguments with a fault at one call of the CPU implementation; nothing of them may stay alive."""
     args = fresh(head())
     alive = [weakref.ref(t) for t in args]
-    fault = Fault(at, "ops/cpu.py", "ops/epilogue.py", "ops/chunking.py", error=torch.OutOfMemoryError)
+    fault = Fault(
+        at, "ops/cpu.py", "ops/regions.py", "ops/epilogue.py", "ops/chunking.py", error=torch.OutOfMemoryError
+    )
     found = None
     try:
         with fault.armed():
@@ -198,12 +270,13 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     return fault.raised, found
 
 
+@pytest.mark.parametrize("fn", [several_losses, by_row])
 @pytest.mark.parametrize("gradients", ["auto", "recompute"])
-def test_out_of_memory_inside_the_op(gradients, frozen):
+def test_out_of_memory_inside_the_op(gradients, fn, frozen):
     """At every third call that the implementation makes, in the forward and in the backward: torch's own exception,
     nothing kept alive, and the next step has the same bits."""
     with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=7, gradients=gradients):
-        compiled = Compiled(several_losses)
+        compiled = Compiled(fn)
         expected = results(compiled, fresh(head()))
     assert compiled.counts["rewritten"] == 1
     at, counts = 0, []
@@ -272,15 +345,14 @@ def test_two_threads_compile_in_turns():
     lce_inductor.uninstall()
 
 
-def test_two_threads_recognise_at_once():
+def test_two_threads_rewrite_at_once():
     """The package's own part of a compile, at the very same moment on different graphs: what one thread alone finds."""
-    names = ["cross_entropy", "getitem", "logsumexp", "gather", "transpose", "masked_fill"]
-    graphs = {name: dynamo_graph(of_rule(name), *fresh(head())).graph for name in names}
+    names = ["cross_entropy", "getitem", "logsumexp", "gather", "transpose", "masked_fill", "clamp"]
 
     def find(name: str) -> list[str]:
-        gm = torch.fx.GraphModule({}, copy.deepcopy(graphs[name]))
-        passes.RecognizePass(Config(min_logits_bytes=0))(gm.graph)
-        return [str(n.target) for n in gm.graph.nodes]
+        graph = again(graphs()[name]).graph
+        passes.HeadsPass(Config(min_logits_bytes=0))(graph)
+        return [str(n.target) for n in graph.nodes]
 
     alone = {name: find(name) for name in names}
     counters.clear()
@@ -302,7 +374,7 @@ def test_two_threads_recognise_at_once():
             thread.join(120)
     finally:
         sys.setswitchinterval(before)
-    assert not wrong and counters["lce_inductor"] == {"rewritten": 2 * 10 * len(names)}
+    assert not wrong and counters["lce_inductor"]["rewritten"] == 2 * 10 * len(names)
 
 
 FORKED = """

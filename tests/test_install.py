@@ -22,10 +22,10 @@ from torch.fx import Graph
 
 import lce_inductor
 from lce_inductor import chain
-from lce_inductor.passes import RecognizePass, SchedulePass
+from lce_inductor.passes import DeferPass, HeadsPass
 
 HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
-OURS = {"pre_grad_custom_pass": RecognizePass, "joint_custom_pre_pass": SchedulePass}
+OURS = {"pre_grad_custom_pass": DeferPass, "joint_custom_pre_pass": HeadsPass}
 lists_only = pytest.mark.skipif(not chain.takes_lists(), reason="this torch takes one pass a hook")
 
 
@@ -160,12 +160,13 @@ def test_uninstall_gives_back_the_very_object(name):
     assert all(getattr(inductor, hook) is before[hook] for hook in HOOKS)
 
 
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("name", VALUES)
-def test_passes_before_ours_keep_running(name):
+def test_passes_before_ours_keep_running(name, hook):
     """Once per graph, in their order, before ours; a list of the user's is not changed."""
     value = VALUES[name]()
     copy = list(value) if isinstance(value, list) else value
-    inductor.pre_grad_custom_pass = value
+    setattr(inductor, hook, value)
     lce_inductor.install(min_logits_bytes=0)
     assert run().counts["rewritten"] == 1
     expected = {"function": ["function"], "pass": ["first"], "list": ["first", "second"], "tuple": ["first", "second"]}
@@ -175,13 +176,13 @@ def test_passes_before_ours_keep_running(name):
 
 @lists_only
 def test_passes_appended_later_run_after_ours():
-    inductor.pre_grad_custom_pass = [Recorder("before")]
+    inductor.joint_custom_pre_pass = [Recorder("before")]
     lce_inductor.install(min_logits_bytes=0)
-    inductor.pre_grad_custom_pass.append(Recorder("after"))
+    inductor.joint_custom_pre_pass.append(Recorder("after"))
     assert run().counts["rewritten"] == 1
     assert Recorder.log == [("before", False), ("after", True)]
     lce_inductor.uninstall()
-    assert [p.name for p in held("pre_grad_custom_pass")] == ["before", "after"]
+    assert [p.name for p in held("joint_custom_pre_pass")] == ["before", "after"]
 
 
 @lists_only
@@ -204,8 +205,8 @@ def test_a_hook_overwritten_after_install():
     assert not lce_inductor.is_installed()
     lce_inductor.install(min_logits_bytes=0)
     assert lce_inductor.is_installed()
-    assert [type(p) for p in held("joint_custom_pre_pass")] == [Recorder, SchedulePass]
-    assert [type(p) for p in held("pre_grad_custom_pass")] == [RecognizePass]
+    assert [type(p) for p in held("joint_custom_pre_pass")] == [Recorder, HeadsPass]
+    assert [type(p) for p in held("pre_grad_custom_pass")] == [DeferPass]
     lce_inductor.uninstall()
     assert inductor.joint_custom_pre_pass is theirs and inductor.pre_grad_custom_pass is None
 
@@ -222,7 +223,7 @@ def test_inside_a_config_patch():
     mine = Recorder("mine")
     with inductor.patch(joint_custom_pre_pass=mine):
         lce_inductor.install(min_logits_bytes=0)
-        assert [type(p) for p in held("joint_custom_pre_pass")] == [Recorder, SchedulePass]
+        assert [type(p) for p in held("joint_custom_pre_pass")] == [Recorder, HeadsPass]
     assert not lce_inductor.is_installed()
     lce_inductor.uninstall()
     assert hooks() == dict.fromkeys(HOOKS)
@@ -412,13 +413,13 @@ def test_torch_logs_and_the_users_source_line(tmp_path):
                 logits = F.linear(x, w)  # the head
                 return F.cross_entropy(logits, y)
 
-            def sampled(x, w, y):
+            def over_tokens(x, w, y):
                 logits = F.linear(x, w)
-                return F.cross_entropy(logits, y) + logits.erf().sum()
+                return F.cross_entropy(logits, y) + logits.softmax(0).square().sum()
 
             args = torch.randn(24, 8), torch.randn(37, 8), torch.arange(24)
             with torch.no_grad():
-                for fn in (step, sampled):
+                for fn in (step, over_tokens):
                     torch.compile(fn)(*args)
             """
         )
@@ -430,8 +431,8 @@ def test_torch_logs_and_the_users_source_line(tmp_path):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     trace = "".join(path.read_text() for path in (tmp_path / "trace").iterdir())
-    assert trace.count('"name": "lce_inductor_heads"') == 2 and '"code": "escape"' in trace
+    assert trace.count('"name": "lce_inductor_heads"') == 2 and '"code": "crossing"' in trace
     text = found.stderr
     assert "train.py:7: logits = F.linear(x, w)" in text and "24x37 logits" in text
-    assert "head_stats" in text and "cross_entropy" in text
-    assert "escape at" in text and "train.py:12" in text and "hint:" in text
+    assert "row_stats" in text and "cross_entropy" in text
+    assert "crossing at" in text and "train.py:12" in text and "hint:" in text

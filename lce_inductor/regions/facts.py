@@ -210,6 +210,8 @@ def _cut(dims_kept: bool) -> Rule:
     def cut(node: Node) -> Fact:
         a = bound(node)
         x, m = a["self"], rank(a["self"])
+        if node.target is aten.slice.Tensor and all(map(same_size, shape_of(x) or (), shape_of(node) or ())):
+            return view(node)  # of everything, whatever that dimension is
         dim = at(a["dim"], m)
         mapped: Map = [None if d == dim else d if dims_kept or d < dim else d - 1 for d in range(m)]
         return Fact([(x, mapped)], {list(a).index("dim"): 0})

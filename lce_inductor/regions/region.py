@@ -164,9 +164,9 @@ def _merged(
 def _unknown_size(labels: Labels, node: Node) -> Node | None:
     """A size on the way to a node that is known only once the head is there."""
     from ..graph.write import can_size
-    from .write import behind_heads
+    from .write import behind_heads, unsized
 
-    behind = behind_heads(labels.graph, labels)
+    behind, avoid = behind_heads(labels.graph, labels), unsized(labels.graph, labels)
     todo, seen = [node], set()
     while todo:
         now = todo.pop()
@@ -175,7 +175,7 @@ def _unknown_size(labels: Labels, node: Node) -> Node | None:
         seen.add(now)
         value = now.meta.get("val")
         if isinstance(value, torch.SymInt):
-            if not can_size(labels.graph, value.node.expr, behind):
+            if not can_size(labels.graph, value.node.expr, avoid):
                 return now
             continue
         todo += now.all_input_nodes

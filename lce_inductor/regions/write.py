@@ -18,7 +18,7 @@ from ..config import Config
 from ..graph.write import Writer
 from ..schedule import second
 from .facts import Crossing
-from .heads import Head
+from .heads import Head, tangents_of
 from .labels import Labels
 from .region import Part, Region
 from .spaces import Move, Space, adjoint, apply
@@ -31,7 +31,7 @@ prims = torch.ops.prims
 def write(graph: Graph, labels: Labels, region: Region, config: Config) -> list[Node]:
     """Replace a region's nodes. Returns the nodes of the ops that now compute them."""
     behind = behind_heads(graph, labels)
-    writer = Writer(graph, before_writes(graph), region.heads[0], behind)
+    writer = Writer(graph, before_writes(graph), region.heads[0], unsized(graph, labels))
     made, values = [], {}
     copies = Copies(writer, labels, region, behind)
     for parts, phase in ((region.forward, "forward"), (region.backward, "backward")):
@@ -58,7 +58,15 @@ def write(graph: Graph, labels: Labels, region: Region, config: Config) -> list[
 
 def behind_heads(graph: Graph, labels: Labels) -> set[Node]:
     """Nodes that can't be there before the heads are: a size that is read off such a node counts, too."""
-    found = set(labels.sources)
+    return _reached(graph, set(labels.sources))
+
+
+def unsized(graph: Graph, labels: Labels) -> set[Node]:
+    """Nodes that no size is read off: those behind the heads, and incoming gradients, which no forward may touch."""
+    return _reached(graph, {*labels.sources, *tangents_of(graph)})
+
+
+def _reached(graph: Graph, found: set[Node]) -> set[Node]:
     for node in graph.nodes:
         if any(a in found for a in node.all_input_nodes):
             found.add(node)

@@ -23,7 +23,7 @@ from .labels import Labels
 from .match import Match, _matrix
 from .spaces import Space
 from .tags import ROW, shape_of
-from .write import Copies, back, before_writes, behind_heads, moved, replace, rows, two
+from .write import Copies, back, before_writes, behind_heads, moved, replace, rows, two, unsized
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -35,7 +35,7 @@ _PLACES = {"lse": 0, "target": 1, "sum": 2, "neg_entropy": 3, "max": 4, "argmax"
 def write_fused(graph: Graph, labels: Labels, matches: list[Match], config: Config) -> list[Node]:
     """Write the matches of one region. Returns the nodes of the ops."""
     behind = behind_heads(graph, labels)
-    writer = Writer(graph, before_writes(graph), matches[0].source, behind)
+    writer = Writer(graph, before_writes(graph), matches[0].source, unsized(graph, labels))
     calls = [_Stats(writer, labels, match, config, behind) for match in matches]
     values = {node: call.value(node, poly) for call in calls for node, poly in call.match.values.items()}
     for node, value in values.items():

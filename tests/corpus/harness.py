@@ -8,11 +8,10 @@ about 0.2 s, and the interpreter sees every tensor that the graphs make, at its 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +19,13 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch._dynamo.utils import counters, detect_fake_mode
+from torch._functorch.aot_autograd import aot_function, aot_module, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.fx_utils import get_node_storage
 from torch._inductor.virtualized import V
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,12 +41,14 @@ class GraphRecord:
     largest: int = 0
     largest_node: str = ""
 
-    def saw(self, value: Any, node: str) -> None:
+    def saw(self, value: Any, node: str, given: Container[int] = ()) -> None:
+        """given: addresses of storages that were there before, as those of inputs; a view of one holds nothing new."""
         for tensor in tree_leaves(value):
             # The storage, not numel(): an expanded scalar holds one element, a view of logits holds the logits.
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                held = tensor.untyped_storage().nbytes() // tensor.element_size()
-                if held > self.largest:
+                storage = tensor.untyped_storage()
+                held = storage.nbytes() // tensor.element_size()
+                if held > self.largest and storage.data_ptr() not in given:
                     self.largest, self.largest_node = held, node
 
 
@@ -77,11 +81,14 @@ class _Watcher(torch.fx.Interpreter):
     def __init__(self, gm: torch.fx.GraphModule, record: GraphRecord) -> None:
         super().__init__(gm)
         self.record = record
+        self.given: set[int] = set()
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
         if n.op in ("call_function", "call_method", "call_module"):
-            self.record.saw(result, f"{n.name} = {n.target}")
+            self.record.saw(result, f"{n.name} = {n.target}", self.given)
+        elif n.op == "placeholder" and isinstance(result, Tensor) and result.layout == torch.strided:
+            self.given.add(result.untyped_storage().data_ptr())
         return result
 
 
@@ -122,8 +129,9 @@ class _PostGradSizes:
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         record = GraphRecord("inductor", str(graph))
+        given = {get_node_storage(node) for node in graph.find_nodes(op="placeholder")}
         for node in graph.nodes:
-            if node.op not in ("placeholder", "output", "get_attr"):
+            if node.op not in ("placeholder", "output", "get_attr") and get_node_storage(node) not in (given - {None}):
                 for value in tree_leaves(node.meta.get("val")):
                     if isinstance(value, Tensor):
                         # An expanded dimension (stride 0) takes no memory.
@@ -274,38 +282,42 @@ def check_close(case: Case, ours: Run, eager: Run, reference: Run, narrowest: to
     assert not problems, "\n".join([case.name, *problems])
 
 
-def aten_runs(case: Case, package: Any) -> tuple[Run, Run]:
-    """A make_fx graph of the case run as it is, and after the installed pre-grad pass.
+def aten_run(case: Case, dtype: torch.dtype, package: Any) -> Run:
+    """The joint graph that AOTAutograd traces of the case by itself, after the package's pass.
 
-    Gradients are compared too where the flat graph has them: make_fx loses no_grad regions, and some in-place
-    programs are legal only with those.
+    Neither Dynamo nor Inductor has seen it: no graph is simplified before, and everything that runs is written out.
     """
-    fn, args, _ = case.build(torch.float64)
-    # Fake tensors also trace what reads values (one_hot), but not the parameters of a module.
-    mode = "real" if isinstance(fn, torch.nn.Module) else "fake"
-    aten = make_fx(lambda *a: [t for t in tree_leaves(fn(*a)) if isinstance(t, Tensor)], tracing_mode=mode)(*args)
-    rewritten = copy.deepcopy(aten)
+    fn, args, leaves = case.build(dtype)
+    records: list[GraphRecord] = []
     counters.clear()
-    with installed(package, case, returned_logits="keep"):
-        hook = inductor_config.pre_grad_custom_pass
-        for each in hook if isinstance(hook, (list, tuple)) else (hook,):
-            each(rewritten.graph)
-    rewritten.graph.lint()
-    rewritten.recompile()
-    grad = True
-    try:
-        _differentiate_graph(case, aten, grad)
-    except RuntimeError:
-        grad = False
-    before, after = (_differentiate_graph(case, gm, grad) for gm in (aten, rewritten))
-    after.counts = Counter(counters["lce_inductor"])
-    return before, after
 
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        record = GraphRecord("aten", str(gm.graph))
+        records.append(record)
+        return make_boxed_func(lambda *a: _Watcher(gm, record).run(*a))
 
-def _differentiate_graph(case: Case, gm: torch.fx.GraphModule, grad: bool) -> Run:
-    _, args, leaves = case.build(torch.float64)
-    wanted = {k: t for k, t in leaves.items() if any(t is a for a in args)}  # parameters of modules are in the graph
-    return differentiate(case, gm, args, wanted, grad)
+    def rewritten(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
+        hook = inductor_config.joint_custom_pre_pass
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            for each in hook if isinstance(hook, (list, tuple)) else (hook,):
+                each(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        return gm
+
+    with installed(package, case):
+        compiled = (aot_module if isinstance(fn, torch.nn.Module) else aot_function)(
+            fn,
+            compiler,
+            inference_compiler=lambda gm, inputs: compiler(rewritten(gm, inputs), inputs),
+            partition_fn=lambda gm, inputs, **kw: min_cut_rematerialization_partition(
+                rewritten(gm, inputs), inputs, **kw
+            ),
+            decompositions=select_decomp_table(),
+        )
+        run = differentiate(case, compiled, args, leaves, True)
+    run.graphs, run.counts = records, Counter(counters["lce_inductor"])
+    return run
 
 
 def check_equal(case: Case, ours: Run, theirs: Run) -> None:

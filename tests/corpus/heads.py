@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import codes
 from .inputs import Dims
-from .registry import Refuse, case, either
+from .registry import TINY, Refuse, case
 
 BF16 = torch.bfloat16
 SHIFTED = 22
@@ -73,7 +73,7 @@ class EarlyExits(nn.Module):
         return torch.stack(losses).mean()
 
 
-@case("heads/codebooks-stacked-selected", heads=2)
+@case("heads/codebooks-stacked-selected", Refuse(codes.CROSSING), heads=2)
 def codebooks_stacked(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor) -> Tensor:
     logits = torch.stack([F.linear(h, w) for w in (weight, weight2)], dim=1)
     loss = h.new_zeros(())
@@ -83,7 +83,7 @@ def codebooks_stacked(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor)
     return loss / 2
 
 
-@case("heads/codebooks-stacked-sliced", heads=2, rows=16, low=(BF16,))
+@case("heads/codebooks-stacked-sliced", Refuse(codes.CROSSING), heads=2, rows=16, low=(BF16,))
 def codebooks_sliced(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     logits = torch.stack([F.linear(h, w) for w in (weight, weight2)], dim=1)[:, :, -8:]
     labels = codes[:, -8:].masked_fill(~mask[:, -8:, None], -100)
@@ -93,13 +93,13 @@ def codebooks_sliced(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor, 
     return loss / 2
 
 
-@case("heads/codebooks-stack-last-one-loss", either(codes.ESCAPE, codes.SUM_OF_HEADS))
+@case("heads/codebooks-stack-last-one-loss", Refuse(codes.CROSSING))
 def codebooks_one_loss(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor) -> Tensor:
     logits = torch.stack([F.linear(h, weight), F.linear(h, weight2)], dim=2)
     return ce(logits, codes[..., :2])
 
 
-@case("heads/codebooks-one-wide-head", either(codes.CLASS_DIM, codes.ESCAPE), note="rows of several heads interleaved")
+@case("heads/codebooks-one-wide-head", Refuse(codes.CROSSING), note="rows of several heads interleaved")
 def codebooks_wide(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor) -> Tensor:
     b, t, _ = h.shape
     logits = F.linear(h, torch.cat([weight, weight2])).view(b, t, 2, -1)
@@ -130,7 +130,7 @@ def in_batch(x: Tensor, keys: Tensor) -> Tensor:
     return F.cross_entropy(scores, torch.arange(scores.size(0)))
 
 
-@case("contrastive/clip-both-directions", either(codes.CLASS_DIM), dims=Dims(B=12, T=12, V=101), rows=101)
+@case("contrastive/clip-both-directions", Refuse(codes.CROSSING), dims=Dims(B=12, T=12, V=101), rows=101)
 def clip(x: Tensor, keys: Tensor, log_scale: Tensor) -> Tensor:
     images, texts = F.normalize(x[: keys.size(0)], dim=-1), F.normalize(keys, dim=-1)
     logits = log_scale.exp() * images @ texts.t()
@@ -147,7 +147,7 @@ def clip_two_products(x: Tensor, keys: Tensor, log_scale: Tensor) -> Tensor:
     return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
 
 
-@case("contrastive/queue-concatenated", either(codes.ESCAPE, codes.SUM_OF_HEADS))
+@case("contrastive/queue-concatenated")
 def moco(x: Tensor, keys: Tensor, weight_body: Tensor) -> Tensor:
     query = F.normalize(x @ weight_body, dim=1)
     positive = torch.einsum("nc,nc->n", query, F.normalize(x.detach(), dim=1)).unsqueeze(-1)
@@ -159,13 +159,13 @@ def moco(x: Tensor, keys: Tensor, weight_body: Tensor) -> Tensor:
 # Low-rank heads.
 
 
-@case("lora/on-head", either(codes.LORA, codes.SUM_OF_HEADS, codes.TWO_HEADS, codes.ESCAPE), frozen=("weight",))
+@case("lora/on-head", frozen=("weight",))
 def lora(h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(h, weight) + F.linear(F.linear(h, lora_a), lora_b) * 2.0
     return ce(logits.float(), labels)
 
 
-@case("lora/on-head-mul-first-cast", either(codes.LORA, codes.SUM_OF_HEADS, codes.TWO_HEADS, codes.ESCAPE), low=(BF16,))
+@case("lora/on-head-mul-first-cast", low=(BF16,))
 def lora_cast(h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, labels: Tensor) -> Tensor:
     result = F.linear(h, weight)
     result = result + (h.float() @ lora_a.float().T @ lora_b.float().T) * 0.5
@@ -318,7 +318,7 @@ def streams_kept(h: Tensor, h2: Tensor, weight: Tensor, targets: Tensor) -> Tens
     return sum(ce(z, targets) for z in logits) / 2
 
 
-@case("structure/large-linear-in-body", Refuse(codes.ESCAPE))
+@case("structure/large-linear-in-body", Refuse(codes.UNSEEN), config=TINY)
 def mlp_body(h: Tensor, weight: Tensor, weight2: Tensor) -> Tensor:
     # Nothing here is a head: an MLP with V hidden units.
     return (F.relu(F.linear(h, weight)) @ weight2).square().mean()

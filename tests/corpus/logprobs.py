@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import codes
 from .inputs import Dims
-from .registry import Refuse, case, either
+from .registry import case
 
 BF16 = torch.bfloat16
 SHIFTED = 22
@@ -67,7 +66,7 @@ def one_hot_product(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -(F.one_hot(targets, logp.size(-1)) * logp).sum(-1).mean()
 
 
-@case("logprobs/one-hot-einsum", either(codes.ESCAPE))
+@case("logprobs/one-hot-einsum")
 def one_hot_einsum(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logp = F.linear(h, weight).log_softmax(-1)
     return -torch.einsum("btv,btv->bt", F.one_hot(targets, logp.size(-1)).to(logp.dtype), logp).mean()
@@ -104,7 +103,7 @@ def softmax_log_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(torch.log(F.softmax(F.linear(x, weight), dim=-1)), targets.view(-1))
 
 
-@case("logprobs/softmax-plus-epsilon-log-nll", either(codes.ESCAPE))
+@case("logprobs/softmax-plus-epsilon-log-nll")
 def softmax_epsilon(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     probs = torch.softmax(F.linear(x, weight), dim=-1)
     return F.nll_loss(torch.log(probs + 1e-9), targets.view(-1))
@@ -196,7 +195,7 @@ def candidate_scores(h: Tensor, weight: Tensor, codes: Tensor) -> Tensor:
     return F.linear(h[:, -1], weight).gather(1, codes[:, 0]).softmax(-1)
 
 
-@case("logprobs/yes-no-columns", either(codes.ESCAPE), dims=Dims(B=17, T=3), rows=17)
+@case("logprobs/yes-no-columns", dims=Dims(B=17, T=3), rows=17)
 def yes_no_columns(h: Tensor, weight: Tensor) -> Tensor:
     # Rerankers compare two fixed classes.
     logits = F.linear(h[:, -1, :], weight)
@@ -401,32 +400,32 @@ def confidence(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return loss, logits.detach().softmax(-1).max(dim=-1).values
 
 
-@case("metrics/mean-logit", either(codes.ESCAPE), backward="first")
+@case("metrics/mean-logit", backward="first")
 def mean_logit(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits, targets.view(-1)), logits.detach().mean()
 
 
-@case("metrics/greedy-only", either(codes.NO_LOSS, codes.ESCAPE))
+@case("metrics/greedy-only")
 def greedy_only(h: Tensor, weight: Tensor) -> Tensor:
     return F.linear(h, weight)[:, -1].argmax(-1)
 
 
-@case("metrics/top5", Refuse(codes.ESCAPE), backward="first")
+@case("metrics/top5", backward="first")
 def top5(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight)
     hit = (logits.topk(5, dim=-1).indices == targets.view(-1, 1)).any(-1)
     return F.cross_entropy(logits, targets.view(-1)), hit.float().mean()
 
 
-@case("metrics/rank-of-target", either(codes.ESCAPE), backward="first")
+@case("metrics/rank-of-target", backward="first")
 def rank_of_target(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight)
     own = logits.gather(1, targets.view(-1, 1))
     return F.cross_entropy(logits, targets.view(-1)), (logits > own).sum(1)
 
 
-@case("metrics/norm-of-logits", Refuse(codes.ESCAPE), backward="first")
+@case("metrics/norm-of-logits", backward="first")
 def norm_of_logits(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits, targets.view(-1)), logits.detach().norm()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import codes
-from .registry import Refuse, case, either
+from .registry import TINY, Refuse, case
 
 BF16 = torch.bfloat16
 EPS = 2.0**-10  # exact in fp32: Inductor keeps the constants of a scatter in fp32, whatever the dtype
@@ -127,7 +127,7 @@ def smoothing_one_hot(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -(soft * logits.log_softmax(-1)).sum(-1).mean()
 
 
-@case("smoothing/one-hot-scatter-in-place", either(codes.SOFT_TARGETS, codes.ESCAPE))
+@case("smoothing/one-hot-scatter-in-place")
 def smoothing_full(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logp = F.linear(x, weight).log_softmax(-1)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def smoothing_full(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.mean(torch.sum(-true * logp, dim=-1))
 
 
-@case("smoothing/kl-div-with-smoothed-labels", either(codes.SOFT_TARGETS, codes.ESCAPE))
+@case("smoothing/kl-div-with-smoothed-labels")
 def smoothing_kl(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logp = F.linear(x, weight).log_softmax(-1)
     true = torch.full_like(logp, EPS).scatter(1, targets.view(-1, 1), 0.875)
@@ -186,7 +186,7 @@ def z_loss_apart(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     return F.cross_entropy(logits, labels.view(-1)), 1e-2 * (lse * lse).mean()
 
 
-@case("z-loss/max-logit", either(codes.GRADIENT, codes.ESCAPE))
+@case("z-loss/max-logit")
 def max_z_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # The maximum itself is trained here, so it needs a gradient.
     logits = F.linear(x, weight)
@@ -322,26 +322,26 @@ def two_passes(h: Tensor, h2: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     return 0.5 * (ce(h) + ce(h2))
 
 
-# Soft targets, two heads, margins: refused by name.
+# Soft targets, two heads, margins.
 
 
-@case("soft/probabilities-as-target", Refuse(codes.SOFT_TARGETS))
+@case("soft/probabilities-as-target")
 def probabilities(h: Tensor, weight: Tensor, soft: Tensor) -> Tensor:
     logits = F.linear(h, weight)
     return F.cross_entropy(logits.view(-1, logits.size(-1)), soft.view(-1, soft.size(-1)))
 
 
-@case("soft/timm-soft-target", Refuse(codes.SOFT_TARGETS))
+@case("soft/timm-soft-target")
 def soft_target(h: Tensor, weight: Tensor, soft: Tensor) -> Tensor:
     return torch.sum(-soft * F.log_softmax(F.linear(h, weight), dim=-1), dim=-1).mean()
 
 
-@case("soft/distillation-from-stored-probabilities", Refuse(codes.SOFT_TARGETS))
+@case("soft/distillation-from-stored-probabilities")
 def stored_teacher(h: Tensor, weight: Tensor, soft: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(F.linear(h, weight) / 2.0, dim=-1), soft, reduction="batchmean")
 
 
-@case("soft/kl-of-two-heads", Refuse(codes.TWO_HEADS))
+@case("soft/kl-of-two-heads")
 def kl_two_heads(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor, targets: Tensor) -> Tensor:
     t = 2
     with torch.no_grad():
@@ -351,7 +351,7 @@ def kl_two_heads(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: T
     return kl + F.cross_entropy(student.view(-1, student.size(-1)), targets.view(-1))
 
 
-@case("soft/forward-kl-product", Refuse(codes.TWO_HEADS))
+@case("soft/forward-kl-product")
 def forward_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
     teacher = F.softmax(F.linear(teacher_h, teacher_weight), dim=-1, dtype=torch.float32)
     logits = F.linear(h, weight)
@@ -361,21 +361,21 @@ def forward_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Ten
     return -torch.sum(product.sum(-1) * valid) / valid.sum()
 
 
-@case("margin/cosface", Refuse(codes.MARGIN))
+@case("margin/cosface")
 def cosface(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     cosine = F.linear(F.normalize(x), F.normalize(weight)).clamp(-1, 1)
     hot = torch.zeros_like(cosine).scatter_(1, targets.view(-1, 1), 1.0)
     return F.cross_entropy((cosine - hot * 0.35) * 16.0, targets.view(-1))
 
 
-@case("margin/cosface-without-clamp", Refuse(codes.MARGIN))
+@case("margin/cosface-without-clamp")
 def cosface_plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     cosine = F.linear(F.normalize(x), F.normalize(weight))
     margin = 0.35 * F.one_hot(targets.view(-1), weight.size(0)).to(cosine.dtype)
     return F.cross_entropy(16.0 * (cosine - margin), targets.view(-1))
 
 
-@case("margin/arcface-in-place", Refuse(codes.MARGIN))
+@case("margin/arcface-in-place")
 def arcface(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     target = targets.view(-1)
     cosine = F.linear(F.normalize(x), F.normalize(weight)).clamp(-1, 1)
@@ -390,23 +390,23 @@ def arcface(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # Other uses of a large linear.
 
 
-@case("other/binary-cross-entropy", Refuse(codes.ESCAPE))
+@case("other/binary-cross-entropy")
 def multi_label(x: Tensor, weight: Tensor, class_mask: Tensor) -> Tensor:
     wanted = class_mask.to(x.dtype).expand(x.size(0), -1)
     return F.binary_cross_entropy_with_logits(F.linear(x, weight), wanted)
 
 
-@case("other/regression", Refuse(codes.ESCAPE))
+@case("other/regression")
 def regression(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.mse_loss(F.linear(x, weight), bias.detach().expand(x.size(0), -1))
 
 
-@case("other/multi-margin", Refuse(codes.ESCAPE))
+@case("other/multi-margin")
 def multi_margin(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.multi_margin_loss(F.linear(x, weight), targets.view(-1))
 
 
-@case("other/ctc", either(codes.ESCAPE, codes.RETURNED, codes.NO_LOSS), fullgraph=False)
+@case("other/ctc", Refuse(codes.RETURNED), fullgraph=False)
 def ctc(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logp = F.log_softmax(F.linear(h, weight), dim=-1, dtype=torch.float32).transpose(0, 1)
     b, t = targets.shape
@@ -414,32 +414,32 @@ def ctc(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.ctc_loss(logp, targets[:, :4] % 100 + 1, lengths, torch.full((b,), 4, dtype=torch.long))
 
 
-@case("other/gumbel-free-soft-embedding", Refuse(codes.ESCAPE))
+@case("other/gumbel-free-soft-embedding", Refuse(codes.PRODUCT), config=TINY)
 def soft_embedding(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(h, weight)
     mixed = logits.softmax(-1) @ weight
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + mixed.square().mean()
 
 
-@case("other/scores-and-loss", Refuse(codes.ESCAPE), backward="first")
+@case("other/scores-and-loss", Refuse(codes.RETURNED), backward="first")
 def softmax_returned(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(h, weight)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits.softmax(-1)
 
 
-@case("other/log-probs-returned", either(codes.ESCAPE), backward="first")
+@case("other/log-probs-returned", Refuse(codes.RETURNED), backward="first")
 def log_probs_returned(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logp = F.linear(h, weight).log_softmax(-1)
     return F.nll_loss(logp.flatten(0, 1), targets.flatten()), logp
 
 
-@case("other/own-predictions-as-targets", either(codes.ORDER, codes.ESCAPE))
+@case("other/own-predictions-as-targets")
 def pseudo_labels(x: Tensor, weight: Tensor) -> Tensor:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits, logits.argmax(-1))
 
 
-@case("other/pseudo-labels-above-confidence", either(codes.ORDER, codes.ESCAPE), heads=2)
+@case("other/pseudo-labels-above-confidence", heads=2)
 def fixmatch(h: Tensor, h2: Tensor, weight: Tensor) -> Tensor:
     with torch.no_grad():
         top, guess = F.linear(h, weight).flatten(0, 1).softmax(-1).max(-1)
@@ -447,6 +447,6 @@ def fixmatch(h: Tensor, h2: Tensor, weight: Tensor) -> Tensor:
     return (loss * (top > 0.05)).mean()
 
 
-@case("other/attention-like", Refuse(codes.ESCAPE))
+@case("other/attention-like", Refuse(codes.UNSEEN), config=TINY)
 def attention_like(h: Tensor, keys: Tensor) -> Tensor:
     return (F.softmax(h @ keys.T, dim=-1) @ keys).square().mean()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import codes
 from .inputs import Dims
-from .registry import Refuse, case, either
+from .registry import Refuse, case
 
 BF16 = torch.bfloat16
 SHIFTED = 22  # rows that a shift leaves of 2 x 12
@@ -130,7 +130,7 @@ def mask_on_hidden(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> 
     return F.cross_entropy(F.linear(h[mask], weight), targets[mask])
 
 
-@case("rows/mask-on-logits", either(codes.ESCAPE), unbacked=True, rows=16, dynamic=False)
+@case("rows/mask-on-logits", unbacked=True, rows=16, dynamic=False)
 def mask_on_logits(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, weight)[mask], targets[mask])
 
@@ -147,7 +147,7 @@ def mask_hidden_break(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) 
     return F.cross_entropy(F.linear(picked, weight), wanted)
 
 
-@case("rows/flip", either(codes.ESCAPE))
+@case("rows/flip")
 def flip(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(h, weight).flip(1)
     return F.cross_entropy(logits.flatten(0, 1), targets.flip(1).flatten())
@@ -190,19 +190,19 @@ def log_softmax_dim1(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(F.linear(h, weight).transpose(1, 2), dim=1), labels)
 
 
-@case("rows/softmax-over-time", Refuse(codes.CLASS_DIM))
+@case("rows/softmax-over-time", Refuse(codes.CROSSING))
 def softmax_over_time(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logp = F.log_softmax(F.linear(h, weight), dim=1)
     return -logp.gather(-1, targets.unsqueeze(-1)).mean()
 
 
-@case("rows/cross-entropy-over-batch", Refuse(codes.CLASS_DIM))
+@case("rows/cross-entropy-over-batch", Refuse(codes.CROSSING))
 def ce_over_batch(x: Tensor, weight: Tensor, class_mask: Tensor) -> Tensor:
     # Every class picks a row.
     return F.cross_entropy(F.linear(x, weight).t(), class_mask.long())
 
 
-@case("rows/view-mixes-classes-with-time", either(codes.LAYOUT, codes.ESCAPE))
+@case("rows/view-mixes-classes-with-time", Refuse(codes.CROSSING))
 def view_mixes(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(h, weight)
     scrambled = logits.transpose(1, 2).reshape(logits.shape)
@@ -260,13 +260,13 @@ def unbind_sequences(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return sum(F.cross_entropy(z, y) for z, y in pairs) / h.size(0)
 
 
-@case("rows/cat-of-two-batches", either(codes.SUM_OF_HEADS, codes.TWO_HEADS, codes.ESCAPE))
+@case("rows/cat-of-two-batches", Refuse(codes.CROSSING))
 def cat_two_batches(h: Tensor, h2: Tensor, weight: Tensor, targets: Tensor, targets2: Tensor) -> Tensor:
     logits = torch.cat([F.linear(h, weight), F.linear(h2, weight)])
     return F.cross_entropy(logits.flatten(0, 1), torch.cat([targets, targets2]).flatten())
 
 
-@case("rows/repeat-interleave", either(codes.ESCAPE))
+@case("rows/repeat-interleave", Refuse(codes.CROSSING))
 def repeat_rows(x: Tensor, weight: Tensor, targets: Tensor, targets2: Tensor) -> Tensor:
     logits = F.linear(x, weight).repeat_interleave(2, dim=0)
     return F.cross_entropy(logits, torch.stack([targets.view(-1), targets2.view(-1)], 1).flatten())
@@ -292,12 +292,12 @@ def class_slice_middle(x: Tensor, weight_padded: Tensor, labels: Tensor) -> Tens
     return F.cross_entropy(F.linear(x, weight_padded)[:, 2:-1], labels.view(-1))
 
 
-@case("rows/class-step", either(codes.ESCAPE))
+@case("rows/class-step")
 def class_step(x: Tensor, weight_wide: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight_wide)[:, ::2], labels.view(-1))
 
 
-@case("rows/class-index", either(codes.ESCAPE), rows=20)
+@case("rows/class-index", rows=20)
 def class_index(x: Tensor, weight: Tensor, targets: Tensor, keep_classes: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight)[:, keep_classes], targets.view(-1) % 97)
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import codes
 from .inputs import Dims
-from .registry import Refuse, case, either
+from .registry import case
 
 BF16 = torch.bfloat16
 
@@ -191,13 +190,13 @@ def softcap_of_scaled(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(3.0 * torch.tanh(logits / 3.0) / 0.9, labels)
 
 
-@case("scale/softcap-trained-temperature", either(codes.ESCAPE))
+@case("scale/softcap-trained-temperature")
 def softcap_trained(h: Tensor, weight: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
     logits = 3.0 * torch.tanh(F.linear(h, weight) / 3.0)
     return mean_ce(logits * scale, labels)
 
 
-@case("scale/softcap-trained-inside", either(codes.ESCAPE))
+@case("scale/softcap-trained-inside")
 def softcap_trained_inside(h: Tensor, weight: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(3.0 * torch.tanh(F.linear(h, weight) * scale / 3.0), labels)
 
@@ -228,13 +227,13 @@ def rsqrt_cap_method(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(z * 4 * (z.pow(2) + 16).rsqrt(), labels)
 
 
-@case("scale/rsqrt-cap-as-division", either(codes.ESCAPE))
+@case("scale/rsqrt-cap-as-division")
 def rsqrt_cap_division(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     z = F.linear(h, weight)
     return mean_ce(z / torch.sqrt(1 + (z / 4) ** 2), labels)
 
 
-@case("scale/cap-then-vector", either(codes.ESCAPE))
+@case("scale/cap-then-vector")
 def cap_then_vector(h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(3.0 * torch.tanh(F.linear(h, weight) / 3.0) + bias, labels)
 
@@ -251,37 +250,37 @@ def everything(h: Tensor, weight_padded: Tensor, bias_padded: Tensor, labels: Te
 # Not one epilogue.
 
 
-@case("scale/temperature-per-row", either(codes.ROW_SCALE, codes.ESCAPE))
+@case("scale/temperature-per-row")
 def temperature_per_row(h: Tensor, weight: Tensor, row_temperature: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.linear(h, weight) / row_temperature, labels)
 
 
-@case("scale/offset-per-row", either(codes.ROW_SCALE, codes.ESCAPE))
+@case("scale/offset-per-row")
 def offset_per_row(h: Tensor, weight: Tensor, token_weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.linear(h, weight) + token_weight.unsqueeze(-1), labels)
 
 
-@case("scale/rows-masked-by-product", either(codes.ROW_SCALE, codes.ESCAPE))
+@case("scale/rows-masked-by-product")
 def rows_masked(h: Tensor, weight: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.linear(h, weight) * mask.unsqueeze(-1), labels)
 
 
-@case("scale/clamp", either(codes.ESCAPE))
+@case("scale/clamp")
 def clamp(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.linear(h, weight).clamp(-2.0, 2.0), labels)
 
 
-@case("scale/gelu-on-logits", Refuse(codes.ESCAPE))
+@case("scale/gelu-on-logits")
 def gelu_on_logits(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.gelu(F.linear(h, weight)), labels)
 
 
-@case("scale/standardised-over-classes", Refuse(codes.ESCAPE))
+@case("scale/standardised-over-classes")
 def standardised(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(h, weight)
     return mean_ce((logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True), labels)
 
 
-@case("scale/dropout-on-logits-p0", either(codes.ESCAPE))
+@case("scale/dropout-on-logits-p0")
 def dropout_p0(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return mean_ce(F.dropout(F.linear(h, weight), p=0.0), labels)
