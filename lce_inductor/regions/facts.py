@@ -206,7 +206,8 @@ def _cut(dims_kept: bool) -> Rule:
         x, m = a["self"], rank(a["self"])
         dim = at(a["dim"], m)
         mapped: Map = [None if d == dim else d if dims_kept or d < dim else d - 1 for d in range(m)]
-        return Fact([(x, mapped)], {list(a).index("dim"): 0})
+        chosen: list[tuple[Node, Map]] = [(a["index"], [None])] if node.target is aten.index_select.default else []
+        return Fact([(x, mapped), *chosen], {list(a).index("dim"): 0})
 
     return cut
 
