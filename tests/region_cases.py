@@ -199,7 +199,6 @@ REGION: dict[str, Case] = {
     "weights by logits rows": ("x w y", lambda x,w,y: (lambda z: (CE(z,y,reduction="none")*z.softmax(-1).amax(-1)).mean())(L(x,w))),
     "weights by detached logits rows": ("x w y", lambda x,w,y: (lambda z: (CE(z,y,reduction="none")*z.detach().softmax(-1).amax(-1)).mean())(L(x,w))),
     "two row inputs equal shape": ("x w y row c", lambda x,w,y,r,c: (lambda z: ((z*r[:,None].detach()).logsumexp(-1)*r.detach().flip(0)).sum())(L(x,w))),
-    "bias per row addmm": ("x w y row", lambda x,w,y,r: CE(torch.addmm(r[:,None],x,w.t()),y)),
     "bias 0dim addmm": ("x w y s", lambda x,w,y,s: CE(torch.addmm(s,x,w.t()),y)),
     "bias one addmm": ("x w y s", lambda x,w,y,s: CE(torch.addmm(s[None],x,w.t()),y)),
     "baddbmm": ("x w b y", lambda x,w,b,y: CE(torch.baddbmm(b,x[None],w.t()[None])[0],y)),
@@ -262,6 +261,7 @@ REFUSED: dict[str, dict[str, Case]] = {
         "classes and rows swapped, N<V": ("x w y", lambda x,w,y: (w@x.t()).log_softmax(0).gather(0,y[None]).sum()),
     },
     "escape": {
+        "bias per row addmm": ("x w y row", lambda x,w,y,r: CE(torch.addmm(r[:,None],x,w.t()),y)),
         "N==V index diag": ("xs w ysq", lambda x,w,y: L(x,w).log_softmax(-1).diagonal().sum()),
         "addmm scaled": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b,x,w.t(),beta=.5,alpha=2),y)),
     },

@@ -108,7 +108,9 @@ def test_rows_depend_on_their_own_row_alone(name):
     tensors = [h.meta["val"] for h in holes]
     allowed = 0
     for kinds in itertools.product(*(list(itertools.product(ROW + LOCAL, repeat=t.dim())) for t in tensors[:2])):
-        tags = {h: "".join(ONE if s == 1 else k for k, s in zip(ks, h.meta["val"].shape)) for h, ks in zip(holes, kinds)}
+        tags = {
+            h: "".join(ONE if s == 1 else k for k, s in zip(ks, h.meta["val"].shape)) for h, ks in zip(holes, kinds)
+        }
         known = {h: t for h, t in tags.items() if ROW in t}
         count = {rows(t, h.meta["val"].shape).max().item() for h, t in known.items()}
         if not known or len(count) > 1:  # rows of different numbers are no one set
