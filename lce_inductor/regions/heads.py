@@ -33,6 +33,14 @@ class Head(NamedTuple):
         return Head(a[names[1]], a[names[2]], a["self"])
 
 
+def factors(node: Node) -> tuple[Node, Node]:
+    """x and weight of any product, scaled ones included."""
+    a = bound(node)
+    names = list(a)
+    first = 0 if node.target in (aten.mm.default, aten.bmm.default) else 1
+    return a[names[first]], a[names[first + 1]]
+
+
 def tangents_of(graph: Graph) -> set[Node]:
     """Incoming gradients, as AOTAutograd names them. None in a graph of inference."""
     return {n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)}
@@ -45,7 +53,7 @@ def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
     for node in reversed(graph.nodes):
         if node in on_tangent or node.op not in ("call_function", "placeholder", "get_attr"):
             continue
-        users = [u for u in node.users if u not in on_tangent]
+        users = [u for u in node.users if u not in on_tangent or u.op == "output"]
         if any(u in feeds or is_product(u) for u in users):
             feeds.add(node)
         elif node.op == "call_function" and node.target in PRODUCTS and users and _is_head(node):
