@@ -8,17 +8,20 @@ model = torch.compile(model)
 # Light on purpose: TORCH_LOGS="+lce_inductor" imports this package while torch itself is still being imported.
 from .config import Config
 from .explanation import Explanation, explain
+from .history import Report, report
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Explanation",
+    "Report",
     "current_config",
     "explain",
     "inductor_options",
     "install",
     "installed",
     "is_installed",
+    "report",
     "uninstall",
 ]

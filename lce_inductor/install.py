@@ -19,6 +19,7 @@ class _Installed:
     config: Config
     before: dict[str, Any]
     after: dict[str, Any]
+    thread: int
 
 
 _lock = threading.RLock()
@@ -49,7 +50,7 @@ def install(**settings: Any) -> None:
         after = with_passes(before, config)
         for hook, value in after.items():
             setattr(inductor, hook, value)
-        _installed = _Installed(config, before, after)
+        _installed = _Installed(config, before, after, threading.get_ident())
         watch.arm()
 
 
@@ -73,7 +74,7 @@ def uninstall() -> None:
 
 def is_installed() -> bool:
     """Are the passes in Inductor's hooks right now (from torch 2.13 on: in this thread)?"""
-    return _installed is not None and settings_in(hooks()) == _installed.config
+    return _installed is not None and settings_in(hooks()) == _installed.config and defers(hooks())
 
 
 def current_config() -> Config | None:
@@ -118,11 +119,25 @@ def with_passes(found: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def settings_in(found: dict[str, Any]) -> Config | None:
-    """The settings of our passes in these hooks; None if one of them is missing."""
+    """The settings of the pass that rewrites heads, in these hooks; None if it is missing."""
+    return _settings(found["joint_custom_pre_pass"])
+
+
+def defers(found: dict[str, Any]) -> bool:
+    """Do these hooks hold the pass for returned logits, with the settings of the other?"""
+    return _settings(found["pre_grad_custom_pass"]) == settings_in(found)
+
+
+def _settings(hook: Any) -> Config | None:
     from .passes import _Pass
 
-    ours = [next((p.config for p in _items(found[hook]) if isinstance(p, _Pass)), None) for hook in _HOOKS]
-    return ours[0] if ours[0] == ours[1] else None
+    return next((p.config for p in _items(hook) if isinstance(p, _Pass)), None)
+
+
+def installed_elsewhere() -> bool:
+    """Are the hooks of this thread those of nobody, though another thread has installed the passes?"""
+    state = _installed
+    return state is not None and state.thread != threading.get_ident() and settings_in(hooks()) is None
 
 
 def _passes(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from . import regions, report, watch
+from . import records, regions, watch
 from .config import Config
 from .defer import defer_returned
 from .graph.backup import Backup
@@ -55,7 +55,7 @@ class _Pass(CustomGraphPass):
         try:
             self.run(graph)
         except Exception as error:
-            report.count("refused:internal-error")
+            records.count("refused:internal-error")
             log.warning(
                 "internal-error in the %s stage: the graph stays as it is (%s: %s)",
                 self.stage, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG),
@@ -99,11 +99,13 @@ class HeadsPass(_Pass):
             backup = Backup(graph)
             try:
                 regions.apply(graph, decision, self.config)
-                if move(graph, self.config):
+                where = move(graph, self.config)
+                if where:
                     sort(graph)
+                regions.scheduled(decision, where)
                 graph.lint()
             except Exception:
                 backup.restore()
                 raise
             drop_dead(graph)
-        watch.saw(report.records_of(list(decision.heads.values()), self.config), self.config)
+        watch.saw(records.records_of(decision, self.config, set(graph.nodes)), self.config)

@@ -53,47 +53,6 @@ _ROWS = (
         "give logits and labels the same first dimensions",
     ),
     Reason(
-        "mutated",
-        "the logits, or an alias of them, are changed in place",
-        "write the change out of place (z = z / t instead of z.div_(t))",
-    ),
-    Reason(
-        "order",
-        "an input of the loss depends on the logits or is changed in place between the linear and the loss",
-        "prepare labels and weights before the head is applied",
-    ),
-    Reason(
-        "class-dim",
-        "the loss or softmax does not run over the vocabulary dimension of the linear",
-        "use dim=-1, or move the class dimension with permute/transpose before the loss",
-    ),
-    Reason(
-        "soft-targets",
-        "the targets are class probabilities of the size of the logits",
-        "use class indices with label_smoothing if that is what the probabilities encode",
-    ),
-    Reason("two-heads", "an operation combines the logits of two heads", "none: both sets of logits are needed"),
-    Reason(
-        "lora",
-        "an adapter's product is added to the logits (LoRA on the head)",
-        "merge the adapter into the head's weight, or leave the head out of the adapter's target modules",
-    ),
-    Reason(
-        "margin",
-        "the logits are changed at the target before the softmax (margin softmax)",
-        "none yet: the margin has to be seen by the fused op",
-    ),
-    Reason(
-        "dtype",
-        "the dtype of the logits is not fp64, fp32, bf16 or fp16, or the head's inputs differ in dtype",
-        "cast the head's inputs to one supported dtype",
-    ),
-    Reason(
-        "layout",
-        "an input of the head is sparse, quantized or a tensor subclass",
-        "use plain strided tensors for the head",
-    ),
-    Reason(
         "no-loss",
         "nothing in this graph reduces the logits to a loss",
         "compile the head and the loss in one function; a graph break between them separates them",
@@ -119,6 +78,13 @@ _ROWS = (
         "compile the head and the loss in one function",
     ),
     Reason(
+        "foreign-product",
+        "the logits are made by an operation that is not torch's plain matrix product: a convolution, a batched, scaled "
+        "(fp8) or quantized product, a custom op",
+        "compute them by F.linear: a convolution of kernel size 1 is one, with the channels last; for torch.func.vmap or "
+        "torch.bmm, one for each weight in a loop; leave the head out of fp8 and quantization",
+    ),
+    Reason(
         "graph-break",
         "the head and its loss are in two graphs: torch.compile broke the graph between them",
         "take what breaks the graph out from between them, or behind `if not torch.compiler.is_compiling()`",
@@ -134,8 +100,16 @@ _ROWS = (
         "call lce_inductor.install() before the first call of the compiled function, in the thread that compiles",
     ),
     Reason(
+        "compiled-before",
+        "a call runs code that was compiled before install(), or in a thread or at a time without the passes; compiled "
+        "anew, this head would be rewritten",
+        "call lce_inductor.install() before the first call of the compiled function; torch._dynamo.reset() makes the next "
+        "call compile anew",
+    ),
+    Reason(
         "hooks-replaced",
-        "options= of this torch.compile replaces the hooks that hold the passes, else this head would be rewritten",
+        "options= of this torch.compile, or somebody else, replaces the hook that holds the pass, else this head would be "
+        "rewritten",
         "set your own pass in torch._inductor.config before lce_inductor.install(), and leave the hook out of options=",
     ),
     Reason(
@@ -147,16 +121,6 @@ _ROWS = (
         "ahead-of-time",
         "the graph is compiled ahead of time, for a process that need not have lce_inductor's ops",
         "none: use torch.compile where the logits should not exist",
-    ),
-    Reason(
-        "class-weight-grad",
-        "the class weights of the loss require a gradient",
-        "detach the class weights; torch's cross_entropy gives them no gradient either",
-    ),
-    Reason(
-        "no-shapes",
-        "the graph carries no shapes for the head",
-        "propagate shapes first (FakeTensorProp or ShapeProp)",
     ),
     Reason(
         "internal-error",

@@ -13,16 +13,17 @@ import logging
 import os
 import re
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import history
 from .config import Config
-from .report import HeadRecord
+from .records import HeadRecord, collecting, publish, size_text
 
 log = logging.getLogger("lce_inductor")
 
-_OPS = re.compile(r"torch\.ops\.lce_inductor\.(row_stats(?:_with_grad)?)\.default\(")
+_OPS = re.compile(r"torch\.ops\.lce_inductor\.((?:row_stats(?:_with_grad)?|row_region))\.default\(")
 
 
 @dataclasses.dataclass
@@ -31,6 +32,7 @@ class _Compile:
 
     config: Config
     loaded: int
+    compile_id: str = ""
     ran: bool = False
     records: list[HeadRecord] = dataclasses.field(default_factory=list)
 
@@ -41,6 +43,10 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _armed = False
+# By compile id, the settings of the passes that were there. Dynamo's reset() begins to count anew.
+_known: OrderedDict[str, Config] = OrderedDict()
+_lock = threading.Lock()
+_KNOWN = 10000
 
 
 def arm() -> None:
@@ -58,7 +64,7 @@ def begin(config: Config) -> None:
     """A compile is under way (does nothing outside one, or if it is explain()'s)."""
     from torch._guards import CompileContext
 
-    if CompileContext.try_get() is None or report.collecting():
+    if CompileContext.try_get() is None or collecting():
         return
     from torch._dynamo.callback import callback_handler
 
@@ -66,18 +72,33 @@ def begin(config: Config) -> None:
     if _thread.now is not None and heard:
         return
     # Where it is forgotten, what is left in `now` is of a compile that was interrupted and will never end.
-    _thread.now = _Compile(config, len(_modules()))
-    if not heard:
-        callback_handler.register_end_callback(_end)
+    _thread.now = _Compile(config, len(_modules()), str(CompileContext.current_compile_id()))
+    with _lock:
+        if not heard:
+            callback_handler.register_end_callback(_end)
+            _known.clear()
+        _known[_thread.now.compile_id] = config
+        if len(_known) > _KNOWN:
+            _known.popitem(last=False)
+
+
+def settings_of(compile_id: str) -> Config | None:
+    """The settings of the passes in a compile of this process since Dynamo's last reset; None if they were not there."""
+    from torch._dynamo.callback import callback_handler
+
+    return _known.get(compile_id) if _end in callback_handler.end_callbacks else None
 
 
 def saw(records: list[HeadRecord], config: Config) -> None:
     """The pass ran over a graph and found these heads."""
     begin(config)
+    told = [r for r in records if r.told]
     if _thread.now is not None:
         _thread.now.ran = True
-        _thread.now.records += records
-    report.publish(records, config)
+        _thread.now.records += told
+    elif not collecting():  # outside of Dynamo's compiles
+        history.graph_compiled("", told, cached=False)
+    publish(records, config)
 
 
 def _end(args: Any) -> None:
@@ -91,7 +112,9 @@ def _end(args: Any) -> None:
                 _keep(files, now.records)
         else:
             now.records = _kept(files)
-            report.publish(now.records, now.config, cached=True)
+            publish(now.records, now.config, cached=True)
+        if now.ran or files:
+            history.graph_compiled(now.compile_id, now.records, cached=not now.ran)
         _warn(now)
     except Exception as error:  # a report must never stop a compile
         log.debug("no report: %s: %s", type(error).__name__, error)
@@ -122,7 +145,8 @@ def _kept(files: list[Path]) -> list[HeadRecord]:
     for file in files:
         if _beside(file).is_file():
             return [HeadRecord(**_tuples(r)) for r in json.loads(_beside(file).read_text())]
-    return [_bare(name) for file in files for name in _OPS.findall(file.read_text())]
+    texts = [text for file in files if "tangents_1" not in (text := file.read_text())]  # a backward computes no head anew
+    return [_bare(name) for text in texts for name in _OPS.findall(text)]
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +154,8 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bare(op: str) -> HeadRecord:
-    return HeadRecord("head of unknown line", "?", "?", 0, None, "", "", "", (), (op,), "")
+    tier = "region" if op == "row_region" else "kernels"
+    return HeadRecord("head of unknown line", "?", "?", 0, None, "", "", "", (), (op,), "", tier=tier)
 
 
 def _warn(now: _Compile) -> None:
@@ -147,7 +172,7 @@ def _warn(now: _Compile) -> None:
         log.warning(
             "install() has rewritten nothing so far, and %s of logits stay in memory: %s: %s: %s. "
             "print(lce_inductor.explain(fn)(*args)), with what you compile as fn, says more. (Said once.)",
-            report.size_text(record.logits_bytes), record.source, record.code, record.explanation,
+            size_text(record.logits_bytes), record.source, record.code, record.explanation,
         )  # fmt: skip
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Compiled, N, V, assert_same_bits, aten_graph, dynamo_graph, fresh, head, results, symbolic_graph
+from lce_inductor.recognize import recognize, walk
 from torch import Tensor, nn
 
 import lce_inductor
 from lce_inductor import Config
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.reasons import REASONS, refuse
-from lce_inductor.recognize import recognize, walk
 
 Fn = Callable[..., object]
 

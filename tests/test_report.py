@@ -14,10 +14,10 @@ from harness import Compiled, N, V, dynamo_graph, head, products
 from torch._dynamo.utils import counters
 
 import lce_inductor
-from lce_inductor import Config, report
+from lce_inductor import Config
+from lce_inductor import records as report
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.reasons import REASONS
-from lce_inductor.recognize import recognize
 
 
 @pytest.fixture

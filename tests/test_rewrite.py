@@ -18,11 +18,11 @@ from harness import (
     rewrite,
     symbolic_graph,
 )
+from lce_inductor.recognize import recognize
 from torch import Tensor, nn
 
 from lce_inductor import Config
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
-from lce_inductor.recognize import recognize
 
 Fn = Callable[..., Tensor]
 

@@ -144,7 +144,7 @@ class RegionPass(CustomGraphPass):
         self.config, self.made, self.problems = config, 0, [""]
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        from ..graph.write import finish
+        from ..graph.write import drop_dead, sort
         from ..ops import regions as _op  # noqa: F401  (defines the op)
         from ..ops import schema as _ops  # noqa: F401
         from ..regions.region import find
@@ -155,7 +155,8 @@ class RegionPass(CustomGraphPass):
         for region in found.regions:
             write(graph, found.labels, region, self.config)
         if found.regions:
-            finish(graph)
+            sort(graph)
+            drop_dead(graph)
         self.made += len(found.regions)
 
     def uuid(self) -> str:

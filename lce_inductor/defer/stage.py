@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .. import report
+from .. import records
 from ..config import Config
 from ..graph.values import info
 from ..regions.facts import Crossing
@@ -54,7 +54,7 @@ def defer_returned(graph: Graph, config: Config) -> list[Node]:
 
 
 def _failed(error: Exception) -> None:
-    report.count("refused:internal-error")
+    records.count("refused:internal-error")
     log.warning(
         "internal-error in the defer stage: the graph stays as it is (%s: %s)",
         type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG),

@@ -13,6 +13,7 @@ import torch
 from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
+from .. import records
 from ..config import Config
 from ..graph.values import device_type, numel_hint, size_hint, source
 from ..graph.write import sort
@@ -22,9 +23,12 @@ from ..ops.chunking import plan as plan_chunks
 from ..reasons import Refusal, refuse
 from .facts import Crossing
 from .fused import NotFused
-from .heads import Head as Operands
-from .labels import Labels
+from .heads import factors, is_product
+from .labels import PRODUCTS, Labels
+from .losses import Loss, gets_gradient, is_product_by_shape, like, looks_like_logits, read_by_products
+from .losses import losses as find_losses
 from .match import fused_calls
+from .program import parse
 from .region import Found, Region, find
 from .tags import is_one
 from .write import write
@@ -44,7 +48,9 @@ _SAME = (
 class Head:
     """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
 
-    Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint.
+    Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint. losses: the
+    lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside could
+    read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none). ops: what computes it now.
     """
 
     node: Node
@@ -59,10 +65,15 @@ class Head:
     replaced: list[str] = dataclasses.field(default_factory=list)
     inserted: list[str] = dataclasses.field(default_factory=list)
     tier: str = ""
+    returned: bool = False
+    steps: int = 0
+    products: int = 0
+    gradients: str = ""
+    ops: list[Node] = dataclasses.field(default_factory=list)
 
     @staticmethod
     def of(node: Node) -> Head:
-        value, x = node.meta["val"], Operands.of(node).x.meta["val"]
+        value, x = node.meta["val"], factors(node)[0].meta["val"]
         sizes = numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
         tokens = "*".join(str(s) for s in value.shape[:-1] if not is_one(s))
         return Head(node, source(node), tokens, str(value.shape[-1]), sizes, device_type(node))
@@ -79,12 +90,27 @@ class Head:
 
 
 @dataclasses.dataclass
+class Stray:
+    """A loss that no head of this graph computes. sizes as a Head's, without H; stop: what made its logits, if anything
+    did; product: the line of the product of torch's that other products read, too, if one did."""
+
+    losses: list[str]
+    tokens: str
+    classes: str
+    logits_bytes: int
+    refusal: Refusal
+    trains: bool
+    product: str = ""
+
+
+@dataclasses.dataclass
 class Decision:
     """The heads of a graph, and the regions that will be written."""
 
     found: Found
     heads: dict[Node, Head]
     chosen: list[Region]
+    strays: list[Stray] = dataclasses.field(default_factory=list)
 
 
 def decide(graph: Graph, config: Config) -> Decision:
@@ -93,8 +119,8 @@ def decide(graph: Graph, config: Config) -> Decision:
     heads = {node: Head.of(node) for node in found.labels.sources}
     for node, problem in found.problems.items():
         heads[node].refusal = refuse(problem.code, problem.node, problem.why)
-    _describe(found, heads)
-    return Decision(found, heads, _worthwhile(found, heads, config))
+    strays = _describe(found, heads)
+    return Decision(found, heads, _worthwhile(found, heads, config), strays)
 
 
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
@@ -106,7 +132,11 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
         made, tier = _write(graph, decision.found.labels, region, config)
         for node in region.heads:
             decision.heads[node].inserted = [n.format_node() or n.name for n in made]
-            decision.heads[node].tier = tier
+            decision.heads[node].tier, decision.heads[node].ops = tier, made
+            decision.heads[node].steps = steps_of(made)
+            decision.heads[node].products = products_of(made) // len(region.heads)
+            if region.backward or region.merged:
+                decision.heads[node].gradients = "forward" if region.merged else "recompute"
     sort(graph)
 
 
@@ -120,8 +150,8 @@ def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tupl
     return write_fused(graph, labels, matches, config), "kernels"
 
 
-def _describe(found: Found, heads: dict[Node, Head]) -> None:
-    """What is told of heads, read off the graph before it is changed."""
+def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
+    """What is told of heads and of losses without one, read off the graph before it is changed."""
     labels = found.labels
     for region in found.regions:
         parts = [*region.forward.values(), *region.backward.values()]
@@ -129,20 +159,37 @@ def _describe(found: Found, heads: dict[Node, Head]) -> None:
         for head in region.heads:
             heads[head].losses = list(filter(None, dict.fromkeys(map(source, nodes))))
             heads[head].replaced = [n.format_node() or n.name for n in (head, *nodes)]
-    for node in labels.of:
-        if labels.wide(node) and reads_as_loss(node):
-            for head in labels.heads_of(labels.of[node].space):
-                if heads[head].refusal is not None and source(node) not in heads[head].losses:
-                    heads[head].losses.append(source(node))
-    for sink in labels.sinks:
-        if sink.node in labels.on_tangent:
-            for head in labels.heads_of(labels.of[sink.wide].space):
-                heads[head].trains = True
+    strays: dict[tuple[Node, ...], Stray] = {}
+    for loss in find_losses(labels.graph, labels.on_tangent):
+        line, mine = source(loss.node), [heads[n] for n in loss.origins if n in heads]
+        if not mine:
+            mine = [strays.setdefault(loss.origins, _stray(loss, labels))]  # type: ignore[list-item]
+        for head in mine:
+            if line not in head.losses:
+                head.losses.append(line)
+    for node, head in heads.items():
+        head.trains = gets_gradient(node, labels.on_tangent)
+        head.returned = looks_like_logits(node, labels.on_tangent)
+    return list(strays.values())
 
 
-def reads_as_loss(node: Node) -> bool:
-    """A softmax or a logsumexp over the classes."""
-    return any(word in str(node.target) for word in ("aten.exp.", "softmax", "logsumexp"))
+def _stray(loss: Loss, labels: Labels) -> Stray:
+    value = loss.logits.meta["val"]
+    count = numel_hint(value.shape)
+    tokens = count // max(size_hint(loss.classes), 1)
+    shape = list(value.shape)
+    shape.remove(loss.classes)
+    text = "*".join(str(s) for s in shape if not is_one(s)) or str(tokens)
+    made = next((n for n in loss.origins if is_product(n) or is_product_by_shape(n)), None)
+    product = ""
+    if made is not None and made.target in PRODUCTS and read_by_products(made, labels.on_tangent):
+        refusal, product = refuse("product", read_by_products(made, labels.on_tangent)), source(made)
+    elif made is not None:
+        refusal = refuse("foreign-product", made)
+    else:
+        refusal = refuse("no-head", next((n for n in loss.origins if n.op == "call_function"), None))
+    trains = any(like(n, loss.logits) for n in labels.on_tangent)
+    return Stray([], text, str(loss.classes), count * value.dtype.itemsize, refusal, trains, product)
 
 
 def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[Region]:
@@ -172,7 +219,7 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
 def _deferred(node: Node) -> bool:
     """Are these logits returned without being computed? Then what they are computed from is returned."""
     (end,) = node.graph.find_nodes(op="output")
-    return _origin(Operands.of(node).x) in {_origin(n) for n in end.all_input_nodes}
+    return _origin(factors(node)[0]) in {_origin(n) for n in end.all_input_nodes}
 
 
 def _origin(node: Node) -> Node:
@@ -186,4 +233,36 @@ def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
     return saves_little(head.chunks(config), *head.sizes, dw, head.device)
 
 
-__all__ = ["Decision", "Head", "apply", "decide"]
+def scheduled(decision: Decision, where: dict[Node, str]) -> None:
+    """What became of the gradients of heads that the kernels compute: see schedule()."""
+    for head in decision.heads.values():
+        if head.tier == "kernels":
+            places = {where[op] for op in head.ops if op in where}
+            head.gradients = "recompute" if "recompute" in places else "".join(places)
+            head.products += sum(where.get(op) == "recompute" for op in head.ops)
+        if head.tier == "region" and head.gradients:
+            records.count(f"gradients:{head.gradients}")
+
+
+def steps_of(made: list[Node]) -> int:
+    """How many steps the programs of these ops have."""
+    return sum(len(parse(text).steps) for text in _programs(made))
+
+
+def products_of(made: list[Node]) -> int:
+    """How many products these ops compute, gradients in the forward."""
+    programs = list(map(parse, _programs(made)))
+    count = sum(p.inputs.count("logits") + sum(r.kind in ("dx", "dw") for r in p.results) for p in programs)
+    for node in made:
+        count += node.target is torch.ops.lce_inductor.row_stats.default
+        if node.target is torch.ops.lce_inductor.row_stats_backward.default:
+            count += sum(map(bool, node.args[-1][:2]))  # type: ignore[index,arg-type]
+    return count
+
+
+def _programs(made: list[Node]) -> list[str]:
+    region = torch.ops.lce_inductor.row_region.default
+    return [a for n in made if n.target is region for a in n.args if isinstance(a, str)]
+
+
+__all__ = ["Decision", "Head", "Stray", "apply", "decide", "scheduled"]

@@ -38,6 +38,14 @@ def is_other_product(node: Node) -> bool:
     return any(a.get(k, 1) != 1 for k in ("beta", "alpha")) or not all(map(is_one, bias[:-1]))
 
 
+def factors(node: Node) -> tuple[Node, Node]:
+    """x and weight of any product, scaled ones included."""
+    a = bound(node)
+    names = list(a)
+    first = 0 if node.target in (aten.mm.default, aten.bmm.default) else 1
+    return a[names[first]], a[names[first + 1]]
+
+
 def tangents_of(graph: Graph) -> set[Node]:
     """Incoming gradients, as AOTAutograd names them. None in a graph of inference."""
     return {n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)}
@@ -50,7 +58,7 @@ def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
     for node in reversed(graph.nodes):
         if node in on_tangent or node.op not in ("call_function", "placeholder", "get_attr"):
             continue
-        users = [u for u in node.users if u not in on_tangent]
+        users = [u for u in node.users if u not in on_tangent or u.op == "output"]
         if any(u in feeds or is_product(u) for u in users):
             feeds.add(node)
         elif node.op == "call_function" and node.target in PRODUCTS and users and _is_head(node):

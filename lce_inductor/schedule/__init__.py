@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from .. import report
+from .. import records
 from ..config import Config
 from ..graph.write import drop_dead, sort
 from ..ops import schema  # noqa: F401  (registers the ops)
@@ -19,37 +19,43 @@ from .tangents import Illegal, heads_of, row_gradients
 log = logging.getLogger("lce_inductor")
 
 
-def schedule(graph: Graph, config: Config) -> None:
+def schedule(graph: Graph, config: Config) -> dict[Node, str]:
     """move(), and what nobody reads any more is dropped."""
-    if move(graph, config):
+    where = move(graph, config)
+    if where:
         sort(graph)
         graph.lint()
         drop_dead(graph)
+    return where
 
 
-def move(graph: Graph, config: Config) -> bool:
-    """Move the gradients of every head whose backward allows it into its forward; was there any head?
+def move(graph: Graph, config: Config) -> dict[Node, str]:
+    """Move the gradients of every head whose backward allows it into its forward.
 
     Heads are independent of each other: each is decided and rewritten on its own. Without a backward
-    (inference) there is nothing to do. The graph is not in order afterwards.
+    (inference) there is nothing to do. Returns, for each head's forward op, where its gradients are computed; the graph
+    is not in order afterwards.
     """
     found = heads_of(graph)
+    where = {}
     for forward, backward in found:
         name = rewrite.describe(forward)
+        where[forward] = "recompute"
         if config.gradients == "recompute":
-            report.count("gradients:recompute")
+            records.count("gradients:recompute")
             log.debug("%s: gradients recompute the logits (4 products): gradients='recompute'", name)
             rewrite.recompute(graph, forward, backward)
             continue
         gradients = row_gradients(graph, forward, backward)
         if isinstance(gradients, Illegal):
-            report.count("gradients:recompute")
+            records.count("gradients:recompute")
             level = logging.WARNING if config.gradients == "forward" else logging.DEBUG
             log.log(level, "%s: gradients recompute the logits (4 products): %s", name, gradients.why)
             rewrite.recompute(graph, forward, backward)
             continue
         rewrite.merge(graph, forward, backward, gradients)
         sort(graph)  # what the next head's gradients depend on is read off the order
-        report.count("gradients:forward")
+        where[forward] = "forward"
+        records.count("gradients:forward")
         log.debug("%s: gradients are computed in the forward (3 products)", name)
-    return bool(found)
+    return where

@@ -14,17 +14,9 @@ from .reasons import REASONS
 
 log = logging.getLogger("lce_inductor")
 
-# What reads logits as a loss does; a softmax alone may be attention.
-_LOSSES = ("cross_entropy", "nll_loss", "log_softmax")
-# On the way from an input of the graph to a loss these leave a tensor the same logits.
-_SAME_LOGITS = (
-    "cast", "same", "detach", "reshape", "flatten", "permute", "transpose", "t", "mT", "getitem", "slice", "pad",
-)  # fmt: skip
-
-
 @dataclasses.dataclass(frozen=True)
 class HeadRecord:
-    """One linear that a loss reads, or whose output is large enough to matter; or a loss that no linear feeds.
+    """One product that a loss reads, or could read where it is returned to; or a loss that no such product feeds.
 
     Attributes:
         kind: "linear", or "loss" for a loss over logits that no linear of its graph computes.
@@ -34,6 +26,11 @@ class HeadRecord:
         logits_bytes: bytes of the logits, by hint; saved if rewritten, else held.
         code: reason code, or None if rewritten.
         trains: do the logits need a gradient?
+        tier: "kernels" or "region", what computes a rewritten head; steps: of a region's program, for each row.
+        products: matrix products of the head's size in a training step. gradients: computed in the "forward", or by
+            "recompute", or "" without any.
+        held: rewritten, and yet something else in the graph needs the logits.
+        told: False for what is no head as far as this graph shows; explain() may learn otherwise from what runs later.
     """
 
     source: str
@@ -50,22 +47,39 @@ class HeadRecord:
     kind: str = "linear"
     losses: tuple[str, ...] = ()
     trains: bool = False
+    tier: str = ""
+    steps: int = 0
+    products: int = 0
+    gradients: str = ""
+    held: bool = False
+    told: bool = True
 
     @property
     def rewritten(self) -> bool:
         return self.code is None
 
+    @property
+    def saved(self) -> bool:
+        """Do the logits not exist?"""
+        return self.rewritten and not self.held
+
+    def how(self) -> str:
+        """What computes a rewritten head, in words."""
+        parts = {"kernels": "fused kernels", "region": f"a program of {self.steps} steps"}.get(self.tier, "")
+        return ", ".join(filter(None, [parts, f"{self.products} products" if self.products else ""]))
+
     def refused(self, code: str, stop: str = "") -> HeadRecord:
         """The same head, left alone for this reason."""
         row = REASONS[code]
-        return dataclasses.replace(self, code=code, explanation=row.explanation, hint=row.hint, stop=stop)
+        return dataclasses.replace(self, code=code, explanation=row.explanation, hint=row.hint, stop=stop, told=True)
 
     def lines(self) -> list[str]:
         """The record as log lines."""
         size = f"{self.tokens}x{self.classes} logits, {size_text(self.logits_bytes)}"
         if self.code is None:
+            exist = "exist all the same: something else needs them" if self.held else "no longer exist"
             return [
-                f"rewrote {self.source or 'head'} ({size} no longer exist; {self.plan})",
+                f"rewrote {self.source or 'head'} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
                 *(f"  - {line}" for line in self.replaced),
                 *(f"  + {line}" for line in self.inserted),
             ]
@@ -121,21 +135,32 @@ def publish(records: list[HeadRecord], config: Any, cached: bool = False) -> Non
 
     cached: the graph came from a compile cache; the records are those of the compile that filled it.
     """
+    from torch._dynamo.utils import counters
+
     found = _collected.get()
     if found is not None:
         found.records += records
         return
-    # A large output that no loss reads is news where it could be saved; a loss without a head is explain()'s to tell.
-    news = [r for r in records if r.losses or r.logits_bytes >= config.min_logits_bytes]
+    # A loss over small logits from elsewhere, and a small product that is returned, are no news.
+    news = [r for r in records if r.told and ((r.kind == "linear" and r.losses) or r.rewritten or _is_large(r, config))]
     if not news:
         return
     prefix = "cached:" if cached else ""
+    sums = counters["lce_inductor.heads"]
     for record in news:
-        if record.kind == "linear":
-            count(prefix + ("rewritten" if record.rewritten else f"refused:{record.code}"))
+        count(prefix + ("rewritten" if record.rewritten else f"refused:{record.code}"))
+        if record.rewritten:
+            sums[prefix + (record.tier or "unknown")] += 1
+            sums[prefix + "steps"] += record.steps
+            sums[prefix + "products"] += record.products
+        sums[prefix + ("saved_bytes" if record.saved else "held_bytes")] += record.logits_bytes
         for line in record.lines():
             log.debug("%s%s", "from the compile caches: " if cached else "", line)
     attach("lce_inductor_heads", [dataclasses.asdict(r) for r in news])
+
+
+def _is_large(record: HeadRecord, config: Any) -> bool:
+    return bool(record.logits_bytes >= config.min_logits_bytes)
 
 
 def attach(name: str, data: Any) -> None:
@@ -145,41 +170,62 @@ def attach(name: str, data: Any) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: data)
 
 
-def records_of(heads: list[Any], config: Any) -> list[HeadRecord]:
-    """Records of the heads of a graph that are worth telling about: rewritten, or refused where a loss reads them or
-    they are returned as logits are."""
-    found = []
-    for head in heads:
-        refusal = head.refusal
-        if refusal is not None and not head.losses and not _looks_like_logits(head):
-            continue
-        chunks = head.chunks(config)
-        found.append(
-            HeadRecord(
-                source=head.source,
-                tokens=head.tokens,
-                classes=head.classes,
-                logits_bytes=head.logits_bytes,
-                code=None if refusal is None else refusal.reason.code,
-                explanation="" if refusal is None else refusal.reason.explanation,
-                hint="" if refusal is None else refusal.reason.hint,
-                stop="" if refusal is None else _stop(refusal),
-                replaced=tuple(head.replaced) if refusal is None else (),
-                inserted=tuple(head.inserted),
-                plan=f"{chunks.count} chunks of {chunks.rows} tokens",
-                losses=tuple(head.losses),
-                trains=head.trains,
-            )
-        )
-    return found
+def records_of(decision: Any, config: Any, existing: set[Any]) -> list[HeadRecord]:
+    """Records of a graph's heads, and of its losses without one. existing: nodes of the graph as it is now."""
+    found = [_of_head(head, config, existing) for head in decision.heads.values()]
+    return found + [_of_stray(stray) for stray in decision.strays]
 
 
-def _looks_like_logits(head: Any) -> bool:
-    """Returned, and wide: what a loss outside could read."""
-    if head.refusal.reason.code not in ("returned", "no-loss"):
-        return False
-    _, hidden, classes, _ = head.sizes
-    return bool(classes >= 32000 or classes > 5 * hidden)
+def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
+    refusal, chunks = head.refusal, head.chunks(config)
+    record = HeadRecord(
+        source=head.source,
+        tokens=head.tokens,
+        classes=head.classes,
+        logits_bytes=head.logits_bytes,
+        code=None,
+        explanation="",
+        hint="",
+        stop="",
+        replaced=tuple(head.replaced) if refusal is None else (),
+        inserted=tuple(head.inserted),
+        plan=f"{chunks.count} chunks of {chunks.rows} tokens",
+        losses=tuple(head.losses),
+        trains=head.trains,
+        tier=head.tier,
+        steps=head.steps,
+        products=head.products,
+        gradients=head.gradients,
+        held=refusal is None and head.node in existing,
+    )
+    if refusal is None:
+        return record
+    if not head.losses and refusal.reason.code in ("returned", "no-loss"):
+        record = record.refused("returned-loss-free")
+        return dataclasses.replace(record, told=head.returned)
+    record = record.refused(refusal.reason.code, _stop(refusal))
+    return dataclasses.replace(record, told=bool(head.losses) or head.returned)
+
+
+def _of_stray(stray: Any) -> HeadRecord:
+    where, *more = stray.losses
+    record = HeadRecord(
+        source=stray.product or where,
+        tokens=stray.tokens,
+        classes=stray.classes,
+        logits_bytes=stray.logits_bytes,
+        code=None,
+        explanation="",
+        hint="",
+        stop="",
+        replaced=(),
+        inserted=(),
+        plan="",
+        kind="linear" if stray.product else "loss",
+        losses=tuple(stray.losses if stray.product else more),
+        trains=stray.trains,
+    )
+    return record.refused(stray.refusal.reason.code, _stop(stray.refusal))
 
 
 def _stop(refusal: Any) -> str:

@@ -1,0 +1,189 @@
+"""What really happened in this process: every graph that was compiled with the passes, and every read of deferred logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections import OrderedDict, deque
+from typing import Any
+
+from . import table
+from .records import HeadRecord, log, size_text
+
+_GRAPHS = 1000  # kept; of older ones only the sums
+_SITES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled graph. cached: its code came from a compile cache, and so do its records. settings: of the passes."""
+
+    compile_id: str
+    records: tuple[HeadRecord, ...]
+    cached: bool
+    thread: str
+    break_at: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "compile_id": self.compile_id,
+            "cached": self.cached,
+            "thread": self.thread,
+            "heads": [_brief(r) for r in self.records],
+        }
+
+
+def _brief(record: HeadRecord) -> dict[str, Any]:
+    """A record without the text of nodes, which may be long."""
+    left_out = ("replaced", "inserted", "told")
+    data = {k: v for k, v in dataclasses.asdict(record).items() if k not in left_out}
+    return {"outcome": "rewritten" if record.rewritten else "left alone", **data, "saved": record.saved}
+
+
+@dataclasses.dataclass
+class Reads:
+    """Reads of deferred logits of one shape. rows: how many rows of logits they computed; products: that in products of
+    the whole head."""
+
+    logits: tuple[int, ...]
+    count: int = 0
+    rows: int = 0
+    bytes: int = 0
+    products: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What happened so far. print() shows a table; as_dict() and to_json() give the same as data.
+
+    Attributes:
+        graphs: those compiled last, oldest first. forgotten: how many older ones are only in the sums.
+        reads: of deferred logits.
+    """
+
+    graphs: tuple[Compiled, ...]
+    reads: tuple[Reads, ...]
+    forgotten: int
+    rewritten: int
+    left_alone: int
+    saved_bytes: int
+    held_bytes: int
+
+    @property
+    def records(self) -> list[HeadRecord]:
+        return [record for graph in self.graphs for record in graph.records]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        numbers = ("forgotten", "rewritten", "left_alone", "saved_bytes", "held_bytes")
+        return {
+            **{name: getattr(self, name) for name in numbers},
+            "graphs": [graph.as_dict() for graph in self.graphs],
+            "deferred_reads": [{**dataclasses.asdict(r), "logits": list(r.logits)} for r in self.reads],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.as_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        cached = sum(g.cached for g in self.graphs)
+        total = len(self.graphs) + self.forgotten
+        lines = [
+            f"lce_inductor.report: graphs compiled: {total}{f' ({cached} from the compile caches)' if cached else ''}; "
+            f"heads rewritten: {self.rewritten} of {self.rewritten + self.left_alone}; "
+            f"logits saved: {size_text(self.saved_bytes)}, held: {size_text(self.held_bytes)}"
+        ]
+        if any(g.records for g in self.graphs):
+            rows = [(_name(g), g.records, g.break_at) for g in self.graphs if g.records]
+            lines += ["", *table.rows(rows), *(line for r in self.records for line in table.why(r))]
+        for reads in self.reads:
+            lines += ["", _told(reads)]
+        if not total:
+            lines.append("no graph was compiled with the passes: install() before the first call of a compiled function")
+        return "\n".join(lines)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # a notebook shows the table
+        printer.text(str(self))
+
+
+def _name(graph: Compiled) -> str:
+    return graph.compile_id + (" cached" if graph.cached else "")
+
+
+def _told(reads: Reads) -> str:
+    return (
+        f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of the "
+        f"head, {size_text(reads.bytes)} computed (install(returned_logits='keep') computes them once a call instead)"
+    )
+
+
+class _History:
+    """Everything under one lock: graphs are compiled in several threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.graphs: deque[Compiled] = deque(maxlen=_GRAPHS)
+        self.reads: OrderedDict[tuple[int, ...], Reads] = OrderedDict()
+        self.forgotten = self.rewritten = self.left_alone = self.saved_bytes = self.held_bytes = 0
+
+    def add(self, graph: Compiled) -> None:
+        with self.lock:
+            self.forgotten += len(self.graphs) == _GRAPHS
+            self.graphs.append(graph)
+            for record in graph.records:
+                self.rewritten += record.rewritten
+                self.left_alone += not record.rewritten
+                self.saved_bytes += record.logits_bytes * record.saved
+                self.held_bytes += record.logits_bytes * (not record.saved)
+
+    def read(self, logits: tuple[int, ...], rows: int, whole: int, size: int) -> tuple[Reads, bool]:
+        with self.lock:
+            first = logits not in self.reads
+            if first and len(self.reads) == _SITES:
+                self.reads.popitem(last=False)
+            reads = self.reads.setdefault(logits, Reads(logits))
+            reads.count += 1
+            reads.rows += rows
+            reads.bytes += size
+            reads.products += rows / max(whole, 1)
+            return dataclasses.replace(reads), first
+
+
+_history = _History()
+
+
+def graph_compiled(compile_id: str, records: list[HeadRecord], cached: bool) -> None:
+    told = tuple(r for r in records if r.told)
+    _history.add(Compiled(compile_id, told, cached, threading.current_thread().name))
+
+
+def deferred_read(logits: Any, rows: int, itemsize: int) -> None:
+    """Deferred logits of this shape are about to be computed for so many rows."""
+    shape = tuple(map(int, logits))
+    whole = 1
+    for size in shape[:-1]:
+        whole *= size
+    reads, first = _history.read(shape, rows, whole, rows * (shape[-1] if shape else 1) * itemsize)
+    if first:
+        log.info("deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
+                 "install(returned_logits='keep') does without", list(shape))  # fmt: skip
+
+
+def report() -> Report:
+    """What happened in this process so far: `print(lce_inductor.report())`.
+
+    Each graph that was compiled with the passes, also those whose code came from a compile cache; each head in it:
+    rewritten, by which kernels or program, with how many products and what that saves, or why not; and reads of deferred
+    logits. It need not be asked for beforehand. The last 1000 graphs are kept; the sums are of all.
+    """
+    h = _history
+    with h.lock:
+        reads = tuple(dataclasses.replace(r) for r in h.reads.values())
+        return Report(tuple(h.graphs), reads, h.forgotten, h.rewritten, h.left_alone, h.saved_bytes, h.held_bytes)
+
+
+def forget() -> None:
+    """Begin anew."""
+    global _history
+    _history = _History()

@@ -1,0 +1,114 @@
+"""What no single graph shows: a head and its loss in two graphs, and a loss outside of all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .records import HeadRecord
+from .tracing import GraphReport
+
+_DYNAMIC = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"
+_SCALAR = "torch._dynamo.config.capture_scalar_outputs = True"
+
+
+def across(graphs: list[GraphReport], results: Any, parts: bool) -> list[GraphReport]:
+    """results: what the function returned. parts: was it not compiled itself, only parts of it?"""
+    changed: dict[int, HeadRecord] = {}
+    eager = _read_by_eager(results)
+    for i, graph in enumerate(graphs):
+        for head in graph.records:
+            if head.kind != "linear" or not _unread(head):
+                continue
+            later = [(j, r) for j in range(i + 1, len(graphs)) for r in graphs[j].records]
+            apart = [(j, r) for j, r in later if _is_its_loss(r, head) and id(r) not in changed]
+            if apart:
+                j, loss = apart[0]
+                ended = next((g for g in graphs[i:j] if g.break_at), None)
+                code = "loss-outside" if parts and ended is None else "graph-break"
+                for record in (head, loss):
+                    changed[id(record)] = _refused(record, code, ended)
+            elif head.trains and (head.told or head.classes in eager):
+                ended = next((g for g in graphs[i:] if g.break_at), None)
+                inside = head.classes in eager or not _returns(results, head)
+                broken = (ended is not None and inside) or (not parts and head.classes in eager)
+                changed[id(head)] = _refused(head, "graph-break" if broken else "loss-outside", ended if broken else None)
+    graphs = [g.mapped(lambda r: changed.get(id(r), r)) for g in graphs]
+    return [dataclasses.replace(g, records=tuple(r for r in g.records if r.told)) for g in graphs]
+
+
+def _unread(head: HeadRecord) -> bool:
+    """Nothing in its graph reads the head as a loss does."""
+    return head.code is not None and (head.code == "returned-loss-free" or not head.losses)
+
+
+def _is_its_loss(record: HeadRecord, head: HeadRecord) -> bool:
+    """A loss over logits that come into the graph from outside, as many as these."""
+    return record.code == "no-head" and not record.stop and record.classes == head.classes
+
+
+def _refused(record: HeadRecord, code: str, ended: GraphReport | None) -> HeadRecord:
+    record = record.refused(code, f"{ended.break_at} ({ended.break_reason})" if ended is not None else "")
+    hint = _hint(record.stop)
+    return dataclasses.replace(record, hint=hint) if hint else record
+
+
+def _hint(stop: str) -> str:
+    """What is to be done about some breaks."""
+    if "self.loss_function" in stop:  # models without a loss type of their own warn about it through a logger
+        return 'set model.loss_type = "ForCausalLM" before compiling (Hugging Face)'
+    if "torch.compiler.disable" in stop:
+        return "take torch.compiler.disable off what stands between head and loss, or off the loss"
+    if "dynamic shape operator" in stop.lower() or "dynamic output shape" in stop.lower():
+        return f"set {_DYNAMIC}: rows are then selected by a mask without breaking the graph"
+    if "item()" in stop or "scalar" in stop.lower():
+        return f"set {_SCALAR}, or take the number out of the tensor behind the loss"
+    return ""
+
+
+def _returns(results: Any, head: HeadRecord) -> bool:
+    """Do the function's results hold something of the size of these logits?"""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    tensors = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.dim()]
+    return any(t.shape[-1] == 0 or str(t.shape[-1]) == head.classes for t in tensors) or _sized(tensors, head)
+
+
+def _sized(tensors: list[Any], head: HeadRecord) -> bool:
+    return any(t.numel() * t.element_size() == head.logits_bytes for t in tensors)
+
+
+def _read_by_eager(results: Any) -> set[str]:
+    """The numbers of classes of losses that eager code computed from what compiled graphs returned, as autograd knows."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    todo = [t.grad_fn for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    seen, found = set(todo), set()
+    while todo:
+        node = todo.pop()
+        saved = {"LogSoftmaxBackward0": "_saved_result", "LogsumexpBackward0": "_saved_self"}.get(node.name())
+        if saved is not None and _above_compiled(node):
+            try:
+                found.add(str(getattr(node, saved).shape[node._saved_dim[0] if saved == "_saved_self" else node._saved_dim]))
+            except RuntimeError:  # a backward has freed it
+                continue
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
+    return found
+
+
+def _above_compiled(node: Any) -> bool:
+    todo, seen = [node], {node}
+    while todo:
+        now = todo.pop()
+        if now.name().startswith("CompiledFunction"):
+            return True
+        for below, _ in now.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
+    return False

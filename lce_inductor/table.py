@@ -1,0 +1,61 @@
+"""Heads and losses as rows of text, for explain() and report()."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from .records import HeadRecord, size_text
+
+_WIDTH = 58  # of a line of code
+
+
+def short(source: str) -> str:
+    """`file:line: code` with a path relative to the working directory, or its last parts, in one width."""
+    path, colon, rest = source.partition(":")
+    inside = os.path.relpath(path) if os.path.isabs(path) else path
+    path = inside if not inside.startswith("..") else os.path.join(*path.split(os.sep)[-2:])
+    text = path + colon + rest
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+
+
+def outcome(record: HeadRecord) -> str:
+    if record.code is not None:
+        return record.code
+    products = [f"{record.products} products"] if record.products else []
+    tier = {"kernels": ["kernels"], "region": [f"program of {record.steps} steps"]}.get(record.tier, [])
+    return ", ".join(["rewritten", *products, *tier, *(["held all the same"] if record.held else [])])
+
+
+def counted(record: HeadRecord) -> bool:
+    """Is this the loss of a head that has a record of its own?"""
+    return record.kind == "loss" and record.code in ("graph-break", "loss-outside")
+
+
+def rows(graphs: Iterable[tuple[str, tuple[HeadRecord, ...], str]]) -> list[str]:
+    """One row for each head, with its losses, and for each loss that has none. graphs: name, records, line of a break."""
+    cells = [("graph", "", "where", "logits", "bytes", "outcome")]
+    for name, records, break_at in graphs:
+        for r in records:
+            size = f"{size_text(r.logits_bytes)} {'saved' if r.saved else 'held'}"
+            cells.append((name, r.kind, short(r.source), f"{r.tokens} x {r.classes}", size, outcome(r)))
+            if r.kind == "linear":
+                cells += [("", "loss", short(source), "", "", "") for source in r.losses if source != r.source]
+        if break_at:
+            cells.append(("", "break", short(break_at), "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def why(record: HeadRecord) -> list[str]:
+    """The paragraph below the table for what was left alone."""
+    if record.rewritten or counted(record):
+        return []
+    return [
+        "",
+        record.source,
+        f"  {record.code}: {record.explanation}",
+        *([f"  at: {record.stop}"] if record.stop else []),
+        f"  hint: {record.hint}",
+    ]
