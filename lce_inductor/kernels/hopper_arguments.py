@@ -47,8 +47,11 @@ class RowsArguments(ctypes.Structure):
 def assertions(name: str, struct: type[ctypes.Structure]) -> str:
     """C++ that compiles only if its struct `name` has the fields of `struct`, of the same sizes in the same places."""
     lines = [f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "the host has another size of {name}");']
+    # NVRTC 13.0, which comes with torch 2.11, takes no type in __builtin_offsetof; 13.5 does.
+    lines.append("#if __CUDACC_VER_MAJOR__ > 13 || (__CUDACC_VER_MAJOR__ == 13 && __CUDACC_VER_MINOR__ >= 5)")
     for field, _ in struct._fields_:  # type: ignore[misc]
         at, wrong = getattr(struct, field), f'"the host has another place or size of {name}::{field}"'
         same = f"__builtin_offsetof({name}, {field}) == {at.offset} && sizeof({name}::{field}) == {at.size}"
         lines.append(f"static_assert({same}, {wrong});")
+    lines.append("#endif")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.chunking import ChunkPlan, plan
-from ..regions.program import Program, Ref, Sym
+from ..ops.program import Program, Ref, Sym
 
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 

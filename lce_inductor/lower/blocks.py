@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..regions.program import Program, Ref, Step, parse, resolve
+from ..ops.program import Program, Ref, Step, parse, resolve
 from .values import Meta, fill, owner, places, propagate, refs, settled, takes_device
 
 aten = torch.ops.aten

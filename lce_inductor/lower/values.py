@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ..regions.program import Ref, Rows, Sym, parse, resolve
+from ..ops.program import Ref, Rows, Sym, parse, resolve
 
 
 class Meta(NamedTuple):

@@ -28,7 +28,7 @@ from .labels import PRODUCTS, Labels
 from .losses import Loss, gets_gradient, is_product_by_shape, like, looks_like_logits, read_by_products
 from .losses import losses as find_losses
 from .match import fused_calls
-from .program import parse
+from ..ops.program import parse
 from .region import Found, Region, find
 from .tags import is_one
 from .write import write

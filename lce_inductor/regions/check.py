@@ -19,7 +19,7 @@ from ..ops.epilogue import apply, apply_with_slope
 from .algebra import Poly
 from .fused import Count, Elem, NotFused, Wide
 from .match import Match, same_rows
-from .program import Program, Step
+from ..ops.program import Program, Step
 from .tags import LOCAL, ROW, shape_of
 
 _ROWS = 2

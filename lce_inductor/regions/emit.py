@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..graph.values import size_hint
 from .facts import Crossing, bound, fact, moved_dims, operand_tags
 from .labels import Labels
-from .program import Program, Ref, Result, Rows, Step, Sym, name_of
+from ..ops.program import Program, Ref, Result, Rows, Step, Sym, name_of
 from .spaces import Space, reached
 from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
 

@@ -17,7 +17,7 @@ import torch
 
 from . import algebra
 from .algebra import Poly
-from .program import Program, Ref, Rows, resolve
+from ..ops.program import Program, Ref, Rows, resolve
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -17,7 +17,7 @@ from .facts import Crossing
 from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
 from .labels import Labels, Sink
-from .program import Program
+from ..ops.program import Program
 from .spaces import Space
 from .tags import LOCAL, ROW, is_one, shape_of
 
