@@ -262,8 +262,9 @@ def test_memory_follows_the_plan(name: str, dtype: torch.dtype, monkeypatch: pyt
 
 
 @pytest.fixture
-def with_compiler() -> Any:
-    """Programs are compiled on the CPU too, and all code is forgotten."""
+def with_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Programs are compiled on the CPU too, for chunks as a whole, and all code is forgotten."""
+    monkeypatch.setattr(region_cpu, "_BLOCK", 1 << 18)
     compiled.clear()
     compiled.DEVICES.add("cpu")
     yield
@@ -282,7 +283,7 @@ def _count_compiles(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[
             return original(key, n, any_rows)
         graph, metas = compiled.build(key, n, any_rows)
         assert len(metas) <= len(list(graph.graph.find_nodes(op="placeholder")))
-        return compiled._Code(graph, lambda count, sizes: any_rows or count == n)
+        return compiled._Code(graph, lambda count, sizes: any_rows or count == n, any_rows)
 
     monkeypatch.setattr(compiled, "_compile", counting)
     return found

@@ -67,10 +67,11 @@ class Key(NamedTuple):
 
 
 class _Code(NamedTuple):
-    """fits: does it do for so many rows and these open sizes?"""
+    """fits: does it do for so many rows and these open sizes? any_rows: is it given the number of rows?"""
 
     call: Callable[..., Sequence[Tensor]]
     fits: Callable[[int, list[int]], bool]
+    any_rows: bool
 
 
 _lock = threading.RLock()
@@ -102,8 +103,8 @@ def run(key: Key, n: int, inputs: Sequence[Tensor], homes: Sequence[Tensor]) -> 
     code = _find(key, n)
     if code is None:
         return None
-    free = [key.sizes[i] for i in key.open_sizes()]
-    return list(code.call(*[inputs[i].detach() for i in _read(key.text)], *homes, *free))
+    numbers = ([n] if code.any_rows else []) + [key.sizes[i] for i in key.open_sizes()]
+    return list(code.call(*[inputs[i].detach() for i in _read(key.text)], *homes, *numbers))
 
 
 def prepare(key: Key, n: int) -> bool:
@@ -174,8 +175,10 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
 
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env)
-    rows = _symbol(shape_env, n, "rows") if any_rows else n
-    free = [_symbol(shape_env, key.sizes[i], f"size{i}") for i in key.open_sizes()]
+    numbers = [_symbol(shape_env, n, "rows")] if any_rows else []
+    numbers += [_symbol(shape_env, key.sizes[i], f"size{i}") for i in key.open_sizes()]
+    symbols = [number.node.expr for number in numbers]
+    rows = numbers[0] if any_rows else n
     graph, metas = build(key, n, any_rows)
     with _alone(key.device), _inductor_patches(), tracing(TracingContext(fake_mode)):
         with fake_mode:
@@ -183,18 +186,17 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
                 torch.empty_strided(m.shape if whole else (rows, *m.shape), m.stride, dtype=m.dtype, device=key.device)
                 for m, whole in metas
             ]
-        call: Any = compile_fx(graph, [*examples, *free])
-    symbols: list[Any] = [s.node.expr for s in ([rows, *free] if any_rows else free) if not isinstance(s, int)]
+        call: Any = compile_fx(graph, [*examples, *numbers])
     guards = [guard.expr for guard in shape_env.guards]
 
     def fits(count: int, sizes: list[int]) -> bool:
         """Does what Inductor took for granted hold?"""
         if count != n and not (any_rows and count > 1):
             return False
-        numbers = dict(zip(symbols, [count, *sizes] if any_rows else sizes))
-        return all(bool(guard.xreplace(numbers) == True) for guard in guards)  # noqa: E712  (sympy's true)
+        given = dict(zip(symbols, [count, *sizes] if any_rows else sizes))
+        return all(bool(guard.xreplace(given) == True) for guard in guards)  # noqa: E712  (sympy's true)
 
-    return _Code(call, fits)
+    return _Code(call, fits, any_rows)
 
 
 def _symbol(shape_env: Any, n: int, name: str) -> Any:
@@ -228,7 +230,10 @@ def _inductor_patches() -> Any:
 
 
 def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[tuple[Meta, bool]]]:
-    """The graph, and for each tensor that it takes what it is and whether it is the same for all rows."""
+    """The graph, and for each tensor that it takes what it is and whether it is the same for all rows.
+
+    Behind the tensors it takes the number of rows, if that is open, and the open sizes.
+    """
     program, graph = parse(key.text), torch.fx.Graph()
     place = places(key.text, key.inputs, key.sizes, key.device)
     metas: list[tuple[Meta, bool]] = []
@@ -237,17 +242,15 @@ def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[
     for i in _read(key.text):
         values[i] = graph.placeholder(f"{program.inputs[i]}_{i}")
         metas.append((key.inputs[i], program.inputs[i] == "whole"))
-        if any_rows and program.inputs[i] != "whole" and rows is n:
-            rows = values[i]
     homes = {}
     for index, m in zip((i for i, at in place.items() if at is None), key.homes):
         homes[index] = graph.placeholder(f"home_{index}")
         metas.append((m, False))
+    if any_rows:  # not read off a tensor: caches check what was taken for granted of numbers that are inputs
+        rows = graph.placeholder("rows")
     sizes: list[Any] = list(key.sizes)
     for i in key.open_sizes():
         sizes[i] = graph.placeholder(f"size_{i}")
-    if rows is not n:
-        rows = graph.call_function(aten.sym_size.int, (rows, 0))
     for step in program.steps:
         op = resolve(step.op)
         kwargs = {k: fill(v, values, rows, sizes) for k, v in step.kwargs.items()}

@@ -41,11 +41,16 @@ def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     add_product(out, dz, x, first)
 
 
+def elements() -> int:
+    """Logits that code is given at a time."""
+    return min(_BLOCK * torch.get_num_threads(), _LARGEST)
+
+
 def compiles(device: torch.device) -> bool:
     return device.type in compiled.DEVICES
 
 
 def program(chunk: Chunk, n: int) -> Iterator[Values]:
     """See steps.Values."""
-    elements = min(_BLOCK * torch.get_num_threads(), _LARGEST)
-    return (with_code if compiles(chunk.key.device) else step_by_step)(chunk, n, elements)
+    size = elements()
+    return with_code(chunk, n, size, size) if compiles(chunk.key.device) else step_by_step(chunk, n, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -43,10 +44,16 @@ def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     weight_gradient(out, dz, x, accumulate=not first)
 
 
+def elements() -> int:
+    """Logits that code is given at a time: whole chunks."""
+    return sys.maxsize
+
+
 def compiles(device: torch.device) -> bool:
     return device.type in compiled.DEVICES and available()
 
 
 def program(chunk: Chunk, n: int) -> Iterator[Values]:
     """See steps.Values."""
-    return (with_code if compiles(chunk.key.device) else step_by_step)(chunk, n, _BLOCK)
+    code = compiles(chunk.key.device)
+    return with_code(chunk, n, elements(), _BLOCK) if code else step_by_step(chunk, n, _BLOCK)

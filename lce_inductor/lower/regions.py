@@ -19,7 +19,7 @@ from ..ops.chunking import round_up
 from . import compiled, region_cpu, region_cuda
 from .arguments import Arguments, check
 from .compiled import Key
-from .steps import Chunk
+from .steps import Chunk, pieces
 from .values import Meta, meta, places, propagate, used, wide
 
 
@@ -40,9 +40,8 @@ def prepare(a: Arguments) -> bool:
     chunks = a.plan(device.KIND)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         key = _Memory(a, chunks.rows, device.ALIGN).key
-    most = compiled.rows_at_a_time(key)
-    pieces = {min(most, n - first) for _, n in chunks.bounds(a.N) for first in range(0, n, most)}
-    return all(compiled.prepare(key, n) for n in sorted(pieces - {1}, reverse=True))
+    counts = {count for _, n in chunks.bounds(a.N) for _, count in pieces(key, n, device.elements())}
+    return all(compiled.prepare(key, n) for n in sorted(counts - {1}, reverse=True))
 
 
 def device_of(a: Arguments) -> ModuleType:

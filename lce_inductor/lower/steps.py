@@ -40,8 +40,7 @@ Values = tuple[int, int, list[Tensor]]
 def step_by_step(chunk: Chunk, n: int, elements: int) -> Iterator[Values]:
     """elements: about so many logits are a block."""
     key = chunk.key
-    widest = max((m.shape[0] for k, m in zip(key.program.inputs, key.inputs) if k == "logits"), default=1)
-    size = max(elements // max(widest, 1), 1)
+    size = _rows(key, elements)
     for first in range(0, n, size):
         part = chunk.part(first, min(size, n - first))
         count = min(size, n - first)
@@ -58,11 +57,22 @@ def step_by_step(chunk: Chunk, n: int, elements: int) -> Iterator[Values]:
         yield first, count, out
 
 
-def with_code(chunk: Chunk, n: int, elements: int) -> Iterator[Values]:
-    """The same; step by step, in blocks of `elements`, where there is no code and none can be made now."""
-    size = compiled.rows_at_a_time(chunk.key)
+def _rows(key: Key, elements: int) -> int:
+    """Rows of so many logits, of the widest head."""
+    widest = max((m.shape[0] for k, m in zip(key.program.inputs, key.inputs) if k == "logits"), default=1)
+    return max(elements // max(widest, 1), 1)
+
+
+def pieces(key: Key, n: int, most: int) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of each call of code, of at most so many logits."""
+    size = min(compiled.rows_at_a_time(key), max(_rows(key, most), 2))  # there is no code for single rows
     for first in range(0, n, size):
-        count = min(size, n - first)
+        yield first, min(size, n - first)
+
+
+def with_code(chunk: Chunk, n: int, most: int, elements: int) -> Iterator[Values]:
+    """The same in blocks of `most` logits; step by step, in blocks of `elements`, where no code is and can be made."""
+    for first, count in pieces(chunk.key, n, most):
         part = chunk.part(first, count)
         values = compiled.run(chunk.key, count, part.inputs, list(part.homes.values()))
         if values is not None:
