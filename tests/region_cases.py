@@ -34,7 +34,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         "xs": real(37, 8), "ysq": index(37, 37), "wh": real(8, 8), "y8": index(8, 24), "wt": real(8, 37), "big": real(50, 8),
         "w3": real(3, 8, 37), "x24": real(24, 37), "h1x": real(24, 1), "h1w": real(37, 1), "picks": index(24, 30),
         "x1": real(1, 8), "xb1": real(1, 6, 8), "yb1": index(37, 1, 6), "xt1": real(4, 1, 8), "yt1": index(37, 4, 1),
-        "ids": index(4, 5), "jds": index(6, 5),
+        "ids": index(4, 5), "jds": index(6, 5), "u": torch.tensor([3, 9, 14, 20]), "v": torch.tensor([0, 5, 7, 11]),
     }  # fmt: skip
 
 
@@ -131,6 +131,11 @@ KERNELS: dict[str, Case] = {
     "loss of slices with masks": ("x w y mask", lambda x,w,y,m: CE(L(x,w)[:-1],torch.where(m,y,-100)[1:])),
     "bias scalar addmm": ("x w y s", lambda x,w,y,s: CE(torch.addmm(s.expand(37),x,w.t()),y)),
     "class dim softmax of wxt over rows": ("x w y", lambda x,w,y: (w@x.t()).logsumexp(1).square().sum()),
+    "labels transposed by broadcasting": ("x3 w u v", lambda x, w, u, v: (lambda z: CE(z, (u[:, None] + v[None]).flatten()) + 2 * CE(z, (u[None] + v[:, None]).flatten()))(L(x[:, :4], w).flatten(0, 1))),
+    "weights transposed by broadcasting": ("x3 w y3 row3", lambda x, w, y, r: (lambda l, u, v: (l * (u[:, None] * v[None]).flatten()).sum() + (l * (u[None] * v[:, None]).flatten()).sum() * 2)(CE(L(x[:, :4], w).flatten(0, 1), y[:, :4].flatten(), reduction="none"), r[:, 0].detach(), r[:, 1].detach())),
+    "labels with their transpose": ("x3 w y3", lambda x, w, y: (lambda z: CE(z, y[:, :4].flatten()) + 2 * CE(z, y[:, :4].t().flatten()))(L(x[:, :4], w).flatten(0, 1))),
+    "labels expanded two ways": ("x3 w u", lambda x, w, u: (lambda z: CE(z, u[:, None].expand(4, 4).flatten()) + 2 * CE(z, u[None].expand(4, 4).flatten()))(L(x[:, :4], w).flatten(0, 1))),
+    "labels broadcast to zeros": ("x3 w u", lambda x, w, u: (lambda z, o: CE(z, (u[:, None] + o).flatten()) + 2 * CE(z, (u[None] + o).flatten()))(L(x[:, :4], w).flatten(0, 1), u.new_zeros(4, 4))),
 }  # fmt: skip
 
 REGION: dict[str, Case] = {
@@ -213,6 +218,10 @@ NO_HEAD: dict[str, Case] = {
 
 REFUSED: dict[str, dict[str, Case]] = {
     "crossing": {
+        "max over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.max(), y))(L(x, w))),
+        "amax over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.amax(), y))(L(x, w))),
+        "norm over all": ("x w y", lambda x, w, y: (lambda z: CE(z / z.norm(), y))(L(x, w))),
+        "std over all": ("x w y", lambda x, w, y: (lambda z: CE(z, y) + z.std())(L(x, w))),
         "N==V transposed loss": ("xs w ysq", lambda x,w,y: CE(L(x,w).t(),y)),
         "N==V z+z.t": ("xs w ysq", lambda x,w,y: CE(L(x,w)+L(x,w).t(),y)),
         "N==V one z + z.t": ("xs w ysq", lambda x,w,y: (lambda z: CE(z+z.t(),y))(L(x,w))),

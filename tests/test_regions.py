@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import check_graph, inference_graph, joint_graph
+from harness import check_graph, inference_graph, joint_graph, joint_of_make_fx
 from region_cases import KERNELS, NO_HEAD, REFUSED, REGION, Case, inputs
 
 TENSORS = inputs()
 REFUSALS = {f"{code}: {name}": case for code, found in REFUSED.items() for name, case in found.items()}
 ALL = {**KERNELS, **REGION, **NO_HEAD, **REFUSALS}
 # Sizes that are not known to be equal where they are symbols.
-STATIC_ONLY = {"gather index by T only"}
+STATIC_ONLY = {"gather index by T only", "labels transposed by broadcasting"}
 
 
 def arguments(case: Case) -> list[torch.Tensor]:
@@ -52,3 +52,32 @@ def test_without_gradients(name):
         pytest.skip("nothing to recompute")
     found = check_graph(inference_graph(ALL[name][1], *arguments(ALL[name])))
     assert not set(found) & {"internal-error"}
+
+
+SIZES = [
+    "N==V",
+    "bool mask where",
+    "overlapping slices",
+    "flip both losses",
+    "gather many",
+    "trained row",
+    "slice step",
+]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes_than_those_of_the_trace(name):
+    """One graph for all: nothing in it is the number that it was traced with."""
+    args = arguments(ALL[name])
+    rows = args[0].shape[0]
+    fewer = [[t[:n].contiguous() if t.shape[:1] == (rows,) and t is not args[1] else t for t in args] for n in (18, 23)]
+    traced = joint_graph(ALL[name][1], *args, dynamic=True)
+    if name == "N==V":  # one symbol for both
+        fewer = []
+    assert set(check_graph(traced, fewer)) <= tier(name)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("name", ["V==H", "trained row", "overlapping slices", "several heads same x"])
+def test_traced_by_hand(name, mode):
+    assert set(check_graph(joint_of_make_fx(ALL[name][1], arguments(ALL[name]), mode))) <= tier(name)

@@ -92,7 +92,11 @@ def test_a_wrong_rule_is_refused_and_the_region_takes_over(op, rule, loss, monke
 def test_the_wrong_rules_are_caught(monkeypatch):
     """Not only by luck: each of these reaches the comparison."""
     x, w, y = head(dtype=torch.float64)
-    for op, rule in ((aten.sum.dim_IntList, wrong_sum), (aten.gather.default, wrong_gather), (aten.scatter.value, wrong_scatter)):
+    for op, rule in (
+        (aten.sum.dim_IntList, wrong_sum),
+        (aten.gather.default, wrong_gather),
+        (aten.scatter.value, wrong_scatter),
+    ):
         with monkeypatch.context() as patch:
             patch.setitem(fused._STEPS, op, rule)
             found = check_graph(joint_graph(lambda x, w, y: F.cross_entropy(F.linear(x, w), y), x, w, y))

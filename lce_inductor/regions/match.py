@@ -19,7 +19,7 @@ from .heads import Head
 from .labels import Labels, Sink
 from ..ops.program import Program
 from .spaces import Space
-from .tags import LOCAL, ROW, is_one, shape_of
+from .tags import LOCAL, ROW, is_one, product, same_size, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -361,7 +361,13 @@ def same_rows(node: Any) -> Any:
             return ("number", str(node.meta["val"].dtype), repr(node.args[-1]))
         if node.target is not aten.where.self:
             return node.name
-    return (str(node.target), *(same_rows(a) for a in node.args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
+    whole = product(shape_of(node) or ())
+
+    def operand(a: Any) -> Any:  # one that is broadcast is more than its values: u[:, None] + v is not u + v[:, None]
+        count = product(shape_of(a) or ()) if isinstance(a, Node) else whole
+        return same_rows(a) if is_one(count) or same_size(count, whole) else a.name
+
+    return (str(node.target), *map(operand, node.args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
 
 
 def _matrix(node: Any, turned: bool = False) -> tuple[Node, bool]:
