@@ -16,13 +16,9 @@ import torch
 import torch.nn.functional as F
 from harness import Compiled, InDouble, assert_as_accurate, fresh, results
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils._pytree import tree_map_only
-
-from lce_inductor import Config
-from lce_inductor.recognize import recognize
 
 Fn = Callable[..., Tensor]
 
@@ -73,60 +69,36 @@ def check(info: OpInfo, sample: SampleInput, compile: Callable[[Fn], Fn]) -> Non
     assert_as_accurate(found, results(fn, fresh(args)), exact, mode.narrowed)
 
 
-def interpreted(outcomes: list[str]) -> Callable[[Fn], Fn]:
-    """Compile to Dynamo's graph after the rewrite, run as it stands."""
-
-    def backend(gm: GraphModule, inputs: Any) -> Fn:
-        plans = recognize(gm.graph, Config(min_logits_bytes=0))
-        gm.recompile()
-        outcomes.extend("rewritten" if p.refusal is None else p.refusal.reason.code for p in plans)
-        return gm.forward
-
-    return lambda fn: torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)
+def expected(args: list[Any]) -> bool:
+    """Must a sample be rewritten, seen at its logits, its weight and its target?"""
+    rows = args[0].numel() // args[0].shape[1] if args[0].dim() > 1 else 1
+    return rows > 1 and args[1].dim() == 2 and args[1].shape[0] > 1 and not args[2].is_floating_point()
 
 
-def expected(args: list[Any]) -> str:
-    """What becomes of a sample, seen at its weight and target."""
-    if args[1].dim() > 2:  # several dimensions of outputs, of which the classes are the first
-        return "class-dim"
-    return "soft-targets" if args[2].is_floating_point() else "rewritten"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, step", [(torch.float64, 1), (torch.bfloat16, 4), (torch.float32, 8)], ids=str)
 @pytest.mark.parametrize("name", INFOS)
-def test_samples(name, dtype):
-    seen: Counter[str] = Counter()
-    for sample in INFOS[name].sample_inputs("cpu", dtype, requires_grad=True):
-        outcomes: list[str] = []
-        check(INFOS[name], sample, interpreted(outcomes))
-        assert outcomes == [expected(arguments(INFOS[name], sample)[0])], sample.summary()
-        seen.update(outcomes)
-    assert seen["rewritten"] > 10
-
-
-@pytest.mark.parametrize("name", INFOS)
-def test_some_samples_through_inductors_passes(name, installed):
-    """Every eighth sample that is rewritten."""
-    info = INFOS[name]
-    samples = info.sample_inputs("cpu", torch.float32, requires_grad=True)
-    taken = [s for s in samples if expected(arguments(info, s)[0]) == "rewritten"][::8]
-    assert taken
-    for sample in taken:
+def test_samples(name, dtype, step, installed):
+    """Eager's numbers for each; a loss of indices is rewritten, one of probabilities may be."""
+    seen: Counter[bool] = Counter()
+    for sample in list(INFOS[name].sample_inputs("cpu", dtype, requires_grad=True))[::step]:
         compiled: list[Compiled] = []
-        check(info, sample, lambda fn: compiled.append(Compiled(fn)) or compiled[0])
-        assert compiled[0].counts["rewritten"] == 1, sample.summary()
+        check(INFOS[name], sample, lambda fn: compiled.append(Compiled(fn, fullgraph=True)) or compiled[0])
+        counts = compiled[0].counts
+        assert "internal-error" not in compiled[0].refusals, sample.summary()
+        assert counts["rewritten"] == 1 or not expected(arguments(INFOS[name], sample)[0]), sample.summary()
+        seen[counts["rewritten"] > 0] += 1
+    assert seen[True] > 10 // step
 
 
 @pytest.mark.parametrize("name", [n for n, o in INFOS.items() if o.error_inputs_func is not None])
-def test_wrong_inputs(name):
+def test_wrong_inputs(name, installed):
     """What eager refuses is refused, with the same exception inside Dynamo's."""
     found = 0
     for wrong in INFOS[name].error_inputs("cpu"):
         args, options = arguments(INFOS[name], wrong.sample_input)
-        run = interpreted([])(lambda *args: ADAPTERS[name](*args, **options))
+        run = Compiled(lambda *args: ADAPTERS[name](*args, **options))
         with pytest.raises(wrong.error_type):
             ADAPTERS[name](*args, **options)
-        torch._dynamo.reset()
         with pytest.raises((wrong.error_type, torch._dynamo.exc.TorchDynamoException)):
             run(*args)
         found += 1

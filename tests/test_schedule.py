@@ -102,7 +102,7 @@ def test_gradients_in_the_forward(name, installed):
     args = arguments()
     compiled = check_against_eager(FORWARD[name], args)
     heads = compiled.counts["rewritten"]
-    assert compiled.gradients == ["forward"] * compiled.counts["gradients:forward"] and heads >= 1
+    assert "recompute" not in compiled.gradients and heads >= 1
     assert compiled.largest < N * V
     args, outputs = fresh(args), []
     assert products(lambda: outputs.append(compiled(*args))) == 3 * heads
@@ -131,7 +131,9 @@ def test_dtypes(name, dtype, installed):
 def test_recompute_setting(name):
     with lce_inductor.installed(min_logits_bytes=0, gradients="recompute"):
         compiled = check_against_eager({**FORWARD, **RECOMPUTE}[name], arguments())
-    assert set(compiled.gradients) == {"recompute"}
+        args = fresh(arguments())
+        assert products(lambda: results(compiled, args)) == 4 * compiled.counts["rewritten"]
+    assert "forward" not in compiled.gradients
 
 
 def test_forward_setting_warns_where_it_can_not(caplog):
@@ -307,7 +309,7 @@ def test_fp16_row_gradients_do_not_underflow(name, installed):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
         (fn(*leaves, y, mask.to(dtype)) * (1024 / small)).backward()
         gradients.append([t.grad for t in leaves])
-    assert compiled.gradients == ["forward"]
+    assert "recompute" not in compiled.gradients and compiled.counts["rewritten"] == 1
     for found, eager, exact in zip(*gradients):
         # Half a unit of fp16 for the rounding of a result that eager may have hit by luck.
         assert error(found, exact) <= 1.25 * error(eager, exact) + 2.0**-11 * exact.norm().item()
@@ -333,13 +335,14 @@ def test_fp16_loss_scale_of_autocast(installed):
 
 def test_fp16_dw_does_not_overflow(installed):
     """Normalised row gradients sum to more than 65,504 over the rows before the real scale is applied."""
-    n = 200_000
-    x = torch.ones(n, 1, dtype=torch.float16)
-    w = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    n, v = 60_000, 64  # a number of rows that fp16 holds: nll_loss, taken apart, divides by it in the logits' dtype
+    x = torch.full((n, 1), 4, dtype=torch.float16)
+    w = torch.zeros(v, 1, dtype=torch.float16, requires_grad=True)
     y = torch.zeros(n, dtype=torch.int64)
     compiled = Compiled(lambda x, w, y: cross_entropy(x, w, y))
     compiled(x, w, y).backward()
-    assert w.grad.flatten().tolist() == pytest.approx([-0.5, 0.5], rel=2.0**-10)
+    assert compiled.counts["rewritten"] == 1
+    assert w.grad.flatten().tolist() == pytest.approx([4 / v - 4, *[4 / v] * (v - 1)], rel=2.0**-9)
 
 
 # -- activation checkpointing
@@ -420,7 +423,8 @@ def test_dynamic_rows(name, installed):
     for times in (1, 2, 3):
         args = [torch.cat([x.detach()] * times).requires_grad_(), w, y.repeat(times), s, m.repeat(times)]
         check_results(fn, args, results(compiled, fresh(args)))
-    assert name == "mean of sequences" or compiled.gradients == ["forward"]
+    assert name == "mean of sequences" or "recompute" not in compiled.gradients
+    assert compiled.counts["rewritten"] == 1
 
 
 # -- sums in fp32
@@ -479,8 +483,8 @@ def test_joint_graph_after_the_merge(installed):
     assert_expected_inline(
         body,
         """\
-%mul_tensor : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor](args = (%getitem_9, %tangents_1), kwargs = {})
-%mul_tensor_1 : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor](args = (%getitem_10, %tangents_1), kwargs = {})
+%mul_tensor : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor](args = (%getitem_4, %tangents_1), kwargs = {})
+%mul_tensor_1 : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor](args = (%getitem_5, %tangents_1), kwargs = {})
 return (mul_tensor_1, mul_tensor, None)""",
     )
 

@@ -81,7 +81,7 @@ class Decision:
 
 def decide(graph: Graph, config: Config) -> Decision:
     """Which heads of a joint graph (or one of inference) are rewritten, and why others are not. Pure."""
-    found = find(graph)
+    found = find(graph, merge=config.gradients != "recompute")
     heads = {node: Head.of(node) for node in found.labels.sources}
     for node, problem in found.problems.items():
         heads[node].refusal = refuse(problem.code, problem.node, problem.why)

@@ -117,7 +117,7 @@ def _reduce(dim_name: str = "dim", keep_name: str = "keepdim", always: bool = Fa
         x, m = a[next(iter(a))], rank(a[next(iter(a))])
         dims = a.get(dim_name)
         if dims is None or (isinstance(dims, (list, tuple)) and not dims):
-            raise Crossing("a reduction over everything", "total")
+            raise Crossing("a reduction over everything")
         chosen = {at(d, m) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
         keep, mapped, out = bool(a.get(keep_name, False)), [], 0
         for d in range(m):
@@ -139,7 +139,7 @@ rule(
 
 @rule(aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.prod.default)
 def total(node: Node) -> Fact:
-    raise Crossing("a reduction over everything", "total")
+    raise Crossing("a reduction over everything")
 
 
 def _along(dim_at: int, operands: int = 1) -> Rule:
@@ -208,7 +208,8 @@ def _cut(dims_kept: bool) -> Rule:
             return view(node)  # of everything, whatever that dimension is
         dim = at(a["dim"], m)
         mapped: Map = [None if d == dim else d if dims_kept or d < dim else d - 1 for d in range(m)]
-        return Fact([(x, mapped)], {list(a).index("dim"): 0})
+        chosen: list[tuple[Node, Map]] = [(a["index"], [None])] if node.target is aten.index_select.default else []
+        return Fact([(x, mapped), *chosen], {list(a).index("dim"): 0})
 
     return cut
 

@@ -31,9 +31,11 @@ class Head(NamedTuple):
         return Head(a[names[1]], a[names[2]], a["self"])
 
 
-def is_scaled(node: Node) -> bool:
-    """addmm(b, x, w, beta=..., alpha=...): no product that anything here computes."""
-    return any(bound(node).get(k, 1) != 1 for k in ("beta", "alpha"))
+def is_other_product(node: Node) -> bool:
+    """addmm(b, x, w, beta=..., alpha=...), or b with rows of its own: no product that anything here computes."""
+    a = bound(node)
+    bias = shape_of(a["self"]) or () if "beta" in a else ()
+    return any(a.get(k, 1) != 1 for k in ("beta", "alpha")) or not all(map(is_one, bias[:-1]))
 
 
 def tangents_of(graph: Graph) -> set[Node]:

@@ -19,7 +19,7 @@ from .heads import Head
 from .labels import Labels, Sink
 from .program import Program
 from .spaces import Space
-from .tags import LOCAL, ROW, shape_of
+from .tags import LOCAL, ROW, is_one, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -148,7 +148,12 @@ class Matcher:
         sources = {node for _, e, _ in self.programs for node, _ in e.given["logits"]}
         if len(sources) != 1:
             raise NotFused("several heads")
-        return sources.pop()
+        source = sources.pop()
+        bias = Head.of(source).bias
+        shape = shape_of(bias) if bias is not None else None
+        if shape is not None and (len(shape) != 1 or is_one(shape[0])):
+            raise NotFused("a bias that is no vector of classes")
+        return source
 
     def _used(self, values: dict[Node, Poly], gradients: Gradients | None) -> set[Any]:
         polys = list(values.values())

@@ -182,6 +182,6 @@ def parse(text: str) -> Program:
             if kind not in RESULTS or not isinstance(other, int) or not (isinstance(value, int) and 0 <= value < known):
                 raise ValueError(f"unknown result {kind!r} {value!r}")
             out.append(Result(kind, Ref(value), _dtype(dtype), tuple(_in(sizes, 0)), other))
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
+    except (TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"malformed program: {error}") from None
     return Program(tuple(inputs), tuple(made), tuple(out))

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from .emit import Emitter
 from .facts import Crossing
-from .heads import candidates, is_scaled, tangents_of
+from .heads import candidates, is_other_product, tangents_of
 from .labels import Labels, Problem, Sink
 from .spaces import Space, ancestors
 from .tangent import Tangent
@@ -51,16 +51,17 @@ class Found:
     problems: dict[Node, Problem]
 
 
-def find(graph: Graph, deferred: frozenset[Node] = frozenset()) -> Found:
+def find(graph: Graph, deferred: frozenset[Node] = frozenset(), merge: bool = True) -> Found:
     """Regions of a joint graph, or of one of inference. Pure: nothing is changed.
 
-    deferred: nodes among the graph's outputs that stand for logits which will not be computed.
+    deferred: nodes among the graph's outputs that stand for logits which will not be computed. merge: may gradients be
+    computed in the forward?
     """
     tangents = tangents_of(graph)
     labels = Labels(graph, tangents, deferred)
     labels.run(candidates(graph, labels.on_tangent))
-    for head in filter(is_scaled, labels.sources):
-        labels.problems.setdefault(head, Problem("escape", head, "a product that is scaled"))
+    for head in filter(is_other_product, labels.sources):
+        labels.problems.setdefault(head, Problem("escape", head, "a product that is scaled, or has a bias for each row"))
     regions, problems = [], dict(labels.problems)
     for heads, spaces in components(labels):
         trouble = next((labels.problems[h] for h in heads if h in labels.problems), None)
@@ -68,7 +69,7 @@ def find(graph: Graph, deferred: frozenset[Node] = frozenset()) -> Found:
             trouble = Problem("no-loss", heads[0], "nothing in this graph reduces the logits")
         if trouble is None:
             try:
-                regions.append(assemble(labels, heads, spaces, tangents))
+                regions.append(assemble(labels, heads, spaces, tangents, merge))
                 continue
             except Crossing as crossing:
                 trouble = Problem(crossing.code, heads[0], str(crossing))
@@ -98,7 +99,9 @@ def _reads_anything(labels: Labels, spaces: set[Space]) -> bool:
     )
 
 
-def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: set[Node]) -> Region:
+def assemble(
+    labels: Labels, heads: list[Node], spaces: set[Space], tangents: set[Node], merge: bool = True
+) -> Region:
     """The programs of one component. Raises Crossing where something in it can't be computed row by row."""
     sinks = [s for s in labels.sinks if labels.of[s.wide].space.find() in spaces and _alive(s.node)]
     late = [s for s in sinks if s.node in labels.on_tangent]
@@ -107,13 +110,13 @@ def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: se
         raise Crossing("a matrix product of the forward reads the logits", "product")
     narrow = [n for n in labels.outputs if labels.of[n].space.find() in spaces]
     values = frontier(labels, narrow)
-    if late:
+    if late and merge:
         region = _merged(labels, heads, spaces, values, early, late, tangents)
         if isinstance(region, Region):
             return region
         why = region
     else:
-        why = ""
+        why = "" if merge else "gradients='recompute'"
     backward = _parts(labels, [n for n in values if n in labels.on_tangent], late, lambda n: n not in labels.behind)
     read = [n for part in backward.values() for kind in ("rows", "whole") for n in _nodes(part.emitter, kind)]
     values = [n for n in values if n not in labels.on_tangent]
@@ -130,6 +133,8 @@ def _merged(
     labels: Labels, heads: list[Node], spaces: set[Space], values: list[Node], early: list[Sink], late: list[Sink], tangents: set[Node]
 ) -> Region | str:
     """All in one program, or why that can't be."""
+    if any(head.meta["val"].dtype == torch.float16 for head in heads):
+        return "fp16 has no room for gradients without the loss scale, which comes with the tangent"
     tangent = Tangent(labels, tangents)
     try:
         for sink in late:

@@ -197,7 +197,20 @@ class _Evaluate:
             return self._each(node, (0, 1))
         if node.target in _SCATTER:
             return self._each(node, (0, 1))
+        if node.target is aten.stack.default:
+            return self._stacked(node)
         raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
+
+    def _stacked(self, node: Node) -> Affine:
+        """Gradients of several targets, side by side."""
+        columns = []
+        for column in node.args[0]:  # type: ignore[union-attr]
+            zero = _is_zero(column)
+            value = self(column)
+            if value.slope is not None or (value.const is None and not zero) or not (zero or column in self.on_tangent):
+                raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
+            columns.append(self._clean(column) if zero else value.const)
+        return Affine(self._copy(node, {0: columns}), None)
 
     def _map(self, node: Node, index: int) -> Affine:
         value = self(node.args[index])
@@ -245,7 +258,7 @@ class _Evaluate:
         slope = times(a.slope, b.const) if a.slope is not None else times(a.const, b.slope)
         return Affine(times(a.const, b.const), slope)
 
-    def _copy(self, node: Node, args: dict[int, Node]) -> Node:
+    def _copy(self, node: Node, args: dict[int, Any]) -> Node:
         filled = tuple(args[i] if i in args else torch.fx.map_arg(a, self._clean) for i, a in enumerate(node.args))
         return self._write(node.target, filled, node, node.kwargs)
 
