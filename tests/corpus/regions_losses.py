@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import codes
 from .inputs import Dims
-from .registry import case
+from .registry import Refuse, case
 
 BF16 = torch.bfloat16
 ATOMS = Dims(V=102)  # 3 actions of 34 atoms
@@ -123,7 +124,7 @@ def boolean_losses(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> 
 @case("scores/rows-by-boolean-mask-of-logits", unbacked=True, dynamic=False, rows=16)
 def boolean_logits(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     logits = F.linear(h, weight)[mask]
-    return (logits.clamp(-3, 3).logsumexp(-1) - picked(logits, targets[mask])).mean()
+    return -picked(logits.clamp(-3, 3).log_softmax(-1), targets[mask]).mean()
 
 
 # Margins.
@@ -192,12 +193,24 @@ def entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return ce(logits, targets), spread
 
 
-@case("side/rank-and-largest", backward="first")
+@case("side/rank-and-size", backward="first")
 def rank(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     logits = F.linear(h, weight)
     seen = logits.detach()
     above = (seen > seen.gather(-1, targets.unsqueeze(-1))).sum(-1)
-    return ce(logits, targets), above, seen.amax(), seen.abs().mean()
+    return ce(logits, targets), above, seen.abs().mean()
+
+
+@case("side/largest-of-each-row", backward="first")
+def largest(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(h, weight)
+    return ce(logits, targets), logits.detach().amax(-1).amax()
+
+
+@case("side/largest-of-all", Refuse(codes.CROSSING), backward="first")
+def largest_of_all(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(h, weight)
+    return ce(logits, targets), logits.detach().max()
 
 
 # Distributions over values: classes are atoms.
@@ -216,7 +229,7 @@ def two_hot(h: Tensor, weight: Tensor, token_weight: Tensor) -> Tensor:
 
 @case("values/hl-gauss")
 def hl_gauss(h: Tensor, weight: Tensor, token_weight: Tensor) -> Tensor:
-    edges = torch.linspace(-0.2, 1.3, weight.size(0) + 1).to(h.dtype)
+    edges = torch.linspace(-0.2, 1.3, weight.size(0) + 1, dtype=h.dtype)
     cumulated = torch.special.erf((edges - token_weight.unsqueeze(-1)) / 0.05)
     mass = cumulated[..., 1:] - cumulated[..., :-1]
     mass = mass / (cumulated[..., -1:] - cumulated[..., :1])
@@ -225,7 +238,7 @@ def hl_gauss(h: Tensor, weight: Tensor, token_weight: Tensor) -> Tensor:
 
 @case("values/expected-value")
 def expected(h: Tensor, weight: Tensor, token_weight: Tensor) -> Tensor:
-    atoms = torch.linspace(-1, 1, weight.size(0)).to(h.dtype)
+    atoms = torch.linspace(-1, 1, weight.size(0), dtype=h.dtype)
     return ((F.linear(h, weight).softmax(-1) * atoms).sum(-1) - token_weight).square().mean()
 
 
