@@ -137,7 +137,7 @@ class _Stats:
         if not isinstance(out, Node):
             x = self.head[0].meta["val"]
             fill, count = 0.0 if out is None else out, self.space.find().count
-            return call(aten.full.default, [count], fill, dtype=torch.float32, device=x.device)
+            return call(aten.full.default, [count], fill, dtype=stat_dtype(x), device=x.device)
         if not p_has_rows(p):
             out = call(aten.expand.default, call(aten.reshape.default, out, [1]), [self.space.find().count])
         return out
@@ -158,6 +158,8 @@ class _Stats:
                 return call(aten.where.self, call(aten.ne.Scalar, args[0], 0), *args[1:])
             if name == "eq":
                 return call(aten.eq.Tensor, *args)
+            # aten makes fp32 of integers, such as a count of labels, even where all else is fp64.
+            args = [a if a.meta["val"].dtype.is_floating_point else self._in_stat_dtype(a) for a in args]
             return call(getattr(aten, name).default, *args)
         if name == "rows":
             return self._row(self.match.atoms[atom])

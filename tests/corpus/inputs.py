@@ -101,6 +101,7 @@ _PARAMETERS: dict[str, Make] = {
     "log_scale": lambda d, g: 0.1 * _randn(g),
     "lora_a": lambda d, g: _randn(g, 4, d.H),
     "lora_b": lambda d, g: _randn(g, d.V, 4) * 0.3,
+    "wide_weight": lambda d, g: _randn(g, d.V, 12) * (1.5 / 12**0.5),
 }
 _CONSTANTS: dict[str, Make] = {
     "teacher_h": lambda d, g: _randn(g, d.B, d.T, d.H),
@@ -114,6 +115,9 @@ _CONSTANTS: dict[str, Make] = {
     "old_logp": lambda d, g: -4.5 + 0.3 * _randn(g, d.B, d.T - 1),
     "ref_logp": lambda d, g: -4.5 + 0.3 * _randn(g, d.B, d.T - 1),
     "lam": lambda d, g: 0.3 + 0.2 * _rand(g),
+    "wide_h": lambda d, g: _randn(g, d.B, d.T, 12),
+    "row_temperatures": lambda d, g: _rand(g, d.B, d.T) + 0.5,
+    "top_logits": lambda d, g: _randn(g, d.B, d.T, 20).sort(-1, descending=True).values,
     "soft": lambda d, g: _randn(g, d.B, d.T, d.V).softmax(-1),
 }
 _INDICES: dict[str, Make] = {
@@ -131,6 +135,8 @@ _INDICES: dict[str, Make] = {
     "picks": lambda d, g: torch.randperm(d.B * d.T, generator=g)[: d.B * d.T - 6],
     "positions": lambda d, g: torch.stack([torch.randperm(d.T, generator=g)[: d.T - 2] for _ in range(d.B)]),
     "class_mask": lambda d, g: torch.rand(d.V, generator=g) < 0.1,
+    "allowed": lambda d, g: torch.rand(d.B, d.T, d.V, generator=g) < 0.9,
+    "top_ids": lambda d, g: _randn(g, d.B, d.T, d.V).topk(20, -1).indices,
     "keep_classes": lambda d, g: torch.randperm(d.V, generator=g)[: d.V - 4].sort().values,
     "arange_labels": lambda d, g: torch.arange(d.B * d.T),
 }

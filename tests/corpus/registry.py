@@ -55,7 +55,7 @@ class Case:
         dynamic: False for a spelling that makes no sense there; `recompiles` where a new size needs a new graph with
             torch.compile alone too.
         unbacked: compile with data-dependent output shapes captured.
-        keeps_logits: the rewritten graph legally holds the logits (returned_logits="keep").
+        deferred: the logits are returned, and computed when they are read; a joint graph by itself has to hold them.
         note: why the case is there, where the code does not say it.
     """
 
@@ -75,7 +75,7 @@ class Case:
     dynamic: bool
     recompiles: bool
     unbacked: bool
-    keeps_logits: bool
+    deferred: bool
     note: str
 
     @property
@@ -130,7 +130,7 @@ def case(
     dynamic: bool = True,
     recompiles: bool = False,
     unbacked: bool = False,
-    keeps_logits: bool = False,
+    deferred: bool = False,
     note: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function or an nn.Module class as a case; the arguments are the attributes of `Case`."""
@@ -156,7 +156,7 @@ def case(
             dynamic=dynamic,
             recompiles=recompiles,
             unbacked=unbacked,
-            keeps_logits=keeps_logits,
+            deferred=deferred,
             note=note,
         )
         return body
