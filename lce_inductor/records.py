@@ -14,6 +14,9 @@ from .reasons import REASONS
 
 log = logging.getLogger("lce_inductor")
 
+NOWHERE = "code without a file"  # made by exec(), or of torch itself
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadRecord:
     """One product that a loss reads, or could read where it is returned to; or a loss that no such product feeds.
@@ -30,6 +33,7 @@ class HeadRecord:
         products: matrix products of the head's size in a training step. gradients: computed in the "forward", or by
             "recompute", or "" without any.
         held: rewritten, and yet something else in the graph needs the logits.
+        joined: a loss whose head has a record of its own, in another graph.
         told: False for what is no head as far as this graph shows; explain() may learn otherwise from what runs later.
     """
 
@@ -53,6 +57,7 @@ class HeadRecord:
     gradients: str = ""
     held: bool = False
     told: bool = True
+    joined: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -79,13 +84,13 @@ class HeadRecord:
         if self.code is None:
             exist = "exist all the same: something else needs them" if self.held else "no longer exist"
             return [
-                f"rewrote {self.source or 'head'} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
+                f"rewrote {self.source} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
                 *(f"  - {line}" for line in self.replaced),
                 *(f"  + {line}" for line in self.inserted),
             ]
         where = f" at {self.stop}" if self.stop else ""
         return [
-            f"left {self.source or 'head'} as it is ({size}): {self.code}{where}: {self.explanation}",
+            f"left {self.source} as it is ({size}): {self.code}{where}: {self.explanation}",
             f"  hint: {self.hint}",
         ]
 
@@ -179,7 +184,7 @@ def records_of(decision: Any, config: Any, existing: set[Any]) -> list[HeadRecor
 def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
     refusal, chunks = head.refusal, head.chunks(config)
     record = HeadRecord(
-        source=head.source,
+        source=head.source or NOWHERE,
         tokens=head.tokens,
         classes=head.classes,
         logits_bytes=head.logits_bytes,
@@ -190,7 +195,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         replaced=tuple(head.replaced) if refusal is None else (),
         inserted=tuple(head.inserted),
         plan=f"{chunks.count} chunks of {chunks.rows} tokens",
-        losses=tuple(head.losses),
+        losses=tuple(filter(None, head.losses)),
         trains=head.trains,
         tier=head.tier,
         steps=head.steps,
@@ -210,7 +215,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
 def _of_stray(stray: Any) -> HeadRecord:
     where, *more = stray.losses
     record = HeadRecord(
-        source=stray.product or where,
+        source=stray.product or where or NOWHERE,
         tokens=stray.tokens,
         classes=stray.classes,
         logits_bytes=stray.logits_bytes,

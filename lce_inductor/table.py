@@ -29,11 +29,11 @@ def outcome(record: HeadRecord) -> str:
 
 def counted(record: HeadRecord) -> bool:
     """Is this the loss of a head that has a record of its own?"""
-    return record.kind == "loss" and record.code in ("graph-break", "loss-outside")
+    return record.joined
 
 
 def rows(graphs: Iterable[tuple[str, tuple[HeadRecord, ...], str]]) -> list[str]:
-    """One row for each head, with its losses, and for each loss that has none. graphs: name, records, line of a break."""
+    """One row for each head, with its losses, and for each loss without one. graphs: name, records, a break's line."""
     cells = [("graph", "", "where", "logits", "bytes", "outcome")]
     for name, records, break_at in graphs:
         for r in records:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 
-
 @contextlib.contextmanager
 def undisturbed(fn: Any, args: Any, kwargs: Any) -> Iterator[None]:
     """Gradients, buffers, random numbers and torch's counters are afterwards what they were."""
