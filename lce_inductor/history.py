@@ -118,7 +118,8 @@ def _name(graph: Compiled) -> str:
 def _told(reads: Reads) -> str:
     return (
         f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of "
-        f"the head, {size_text(reads.bytes)} computed (install(returned_logits='keep') computes them once a call instead)"
+        f"the head, {size_text(reads.bytes)} computed "
+        "(install(returned_logits='keep') computes them once a call instead)"
     )
 
 

@@ -30,7 +30,8 @@ class HeadRecord:
         code: reason code, or None if rewritten.
         trains: do the logits need a gradient?
         tier: "kernels" or "region", what computes a rewritten head; steps: of a region's program, for each row.
-        products: matrix products of the head's size in a training step. gradients: computed in the "forward", or by
+        products: matrix products of the head's size in a training step, of all `together` heads that one program
+            computes. gradients: computed in the "forward", or by
             "recompute", or "" without any.
         held: rewritten, and yet something else in the graph needs the logits.
         joined: a loss whose head has a record of its own, in another graph.
@@ -54,6 +55,7 @@ class HeadRecord:
     tier: str = ""
     steps: int = 0
     products: int = 0
+    together: int = 1
     gradients: str = ""
     held: bool = False
     told: bool = True
@@ -71,7 +73,11 @@ class HeadRecord:
     def how(self) -> str:
         """What computes a rewritten head, in words."""
         parts = {"kernels": "fused kernels", "region": f"a program of {self.steps} steps"}.get(self.tier, "")
-        return ", ".join(filter(None, [parts, f"{self.products} products" if self.products else ""]))
+        return ", ".join(filter(None, [parts, self.products_text()]))
+
+    def products_text(self) -> str:
+        shared = f" for {self.together} heads" if self.together > 1 else ""
+        return f"{self.products} products{shared}" if self.products else ""
 
     def refused(self, code: str, stop: str = "") -> HeadRecord:
         """The same head, left alone for this reason."""
@@ -157,7 +163,9 @@ def publish(records: list[HeadRecord], config: Any, cached: bool = False) -> Non
         if record.rewritten:
             sums[prefix + (record.tier or "unknown")] += 1
             sums[prefix + "steps"] += record.steps
-            sums[prefix + "products"] += record.products
+            # of heads that are computed together, an equal share each: the sum is right
+            share = record.products / record.together
+            sums[prefix + "products"] += int(share) if share.is_integer() else share  # type: ignore[assignment]
         sums[prefix + ("saved_bytes" if record.saved else "held_bytes")] += record.logits_bytes
         for line in record.lines():
             log.debug("%s%s", "from the compile caches: " if cached else "", line)
@@ -200,6 +208,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         tier=head.tier,
         steps=head.steps,
         products=head.products,
+        together=head.together,
         gradients=head.gradients,
         held=refusal is None and head.node in existing,
     )

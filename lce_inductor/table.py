@@ -22,7 +22,7 @@ def short(source: str) -> str:
 def outcome(record: HeadRecord) -> str:
     if record.code is not None:
         return record.code
-    products = [f"{record.products} products"] if record.products else []
+    products = [record.products_text()] if record.products else []
     tier = {"kernels": ["kernels"], "region": [f"program of {record.steps} steps"]}.get(record.tier, [])
     return ", ".join(["rewritten", *products, *tier, *(["held all the same"] if record.held else [])])
 

@@ -82,6 +82,21 @@ def test_a_head_that_a_program_computes(lines):
     assert compiled.gradients == ["forward"]
 
 
+def test_heads_that_one_program_computes():
+    """LoRA on the head, its base frozen: two products, gradients of x by both and of one weight."""
+    x, w, y = head()
+
+    def fn(x, w, y, a, b):
+        return F.cross_entropy(F.linear(x, w.detach()) + F.linear(F.linear(x, a), b), y)
+
+    compiled = Compiled(fn)
+    with lce_inductor.installed(min_logits_bytes=0):
+        compiled(x, w, y, torch.randn(2, 8, requires_grad=True), torch.randn(V, 2, requires_grad=True))
+    found = lce_inductor.report().records[-2:]
+    assert [(r.products, r.together) for r in found] == [(5, 2)] * 2 and "5 products for 2 heads" in found[0].how()
+    assert counters["lce_inductor.heads"]["products"] == 5
+
+
 def test_logits_that_exist_all_the_same():
     """Nothing is called saved that a graph still holds."""
     graph = joint_graph(loss, *head()).graph

@@ -62,6 +62,7 @@ class Head:
     returned: bool = False
     steps: int = 0
     products: int = 0
+    together: int = 1
     gradients: str = ""
     ops: list[Node] = dataclasses.field(default_factory=list)
 
@@ -125,7 +126,8 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
             decision.heads[node].inserted = [n.format_node() or n.name for n in made]
             decision.heads[node].tier, decision.heads[node].ops = tier, made
             decision.heads[node].steps = steps_of(made)
-            decision.heads[node].products = products_of(made) // len(region.heads)
+            decision.heads[node].products = products_of(made)
+            decision.heads[node].together = len(region.heads)
             if region.backward or region.merged:
                 decision.heads[node].gradients = "forward" if region.merged else "recompute"
     finish(graph)
