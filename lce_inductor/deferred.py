@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .deferred_rules import View, answer, keeps_values
+from .history import deferred_read
 from .ops.epilogue import apply, parse
 from .unchanged import Steps, same, seal, traced
 
@@ -172,8 +173,12 @@ class DeferredLogits(Tensor):
     def head(self) -> Callable[[Tensor], Tensor]:
         """The function from x to logits, once the parts are found to be unchanged."""
         self._check()
-        spec, steps = self.spec, parse(self.spec.epilogue)
+        spec, steps, x = self.spec, parse(self.spec.epilogue), self.inner["x"]
         weight, bias = self.inner["weight"].to(spec.compute_dtype), self.inner.get("bias")
+        if not traced(x):
+            whole = self.inner.get("x_owner", x)  # these may be some of its rows
+            rows, hidden = x.shape[:-1].numel(), max(x.shape[-1], 1)
+            deferred_read(whole.numel() // hidden, rows, weight.shape[0], spec.dtypes[-1].itemsize)
         bias = None if bias is None else bias.to(spec.compute_dtype)
 
         def logits(x: Tensor) -> Tensor:

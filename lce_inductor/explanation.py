@@ -78,7 +78,7 @@ def explain(fn: Callable[..., Any], **settings: Any) -> Callable[..., Explanatio
     """Say what becomes of each head and each loss of a function: `print(lce_inductor.explain(fn)(*args))`.
 
     fn is what you compile: a function, a module, or what torch.compile made of one, whose options= and dynamic=
-    are then used. Of a function that is not compiled itself but calls compiled parts, these parts are told, as they are.
+    are then used. Of a function that is not compiled itself but calls compiled parts, these parts are told.
     The call compiles afresh, past all compile caches, through every graph pass of Inductor, but generates no code; it
     takes seconds. Where compiled code for these arguments exists already, the table is for the passes that it was
     compiled with. With settings (as install() takes them) the table is for these; without, for what is in force.
@@ -100,7 +100,7 @@ def explain(fn: Callable[..., Any], **settings: Any) -> Callable[..., Explanatio
         session = tracing.Session(asked)
         with undisturbed(fn, args, kwargs):
             results = session.run(target, args, kwargs)
-        graphs = across(session.reports(), results, session.parts)
+        graphs = across(session, results, (args, kwargs))
         notes = session.notes()
         if asked is not None and not install.is_installed():
             notes.append("install() is not in force: the table is for install() with these settings")

@@ -1,4 +1,4 @@
-"""What really happened in this process: every graph that was compiled with the passes, and every read of deferred logits."""
+"""What really happened in this process: every graph compiled with the passes, and every read of deferred logits."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def _brief(record: HeadRecord) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Reads:
-    """Reads of deferred logits of one shape. rows: how many rows of logits they computed; products: that in products of
-    the whole head."""
+    """Reads of deferred logits of one size, in rows and classes.
 
-    logits: tuple[int, ...]
+    rows: how many they computed; products: that in products of the whole head.
+    """
+
+    logits: tuple[int, int]
     count: int = 0
     rows: int = 0
     bytes: int = 0
@@ -100,7 +102,9 @@ class Report:
         for reads in self.reads:
             lines += ["", _told(reads)]
         if not total:
-            lines.append("no graph was compiled with the passes: install() before the first call of a compiled function")
+            lines.append(
+                "no graph was compiled with the passes: install() before the first call of a compiled function"
+            )
         return "\n".join(lines)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # a notebook shows the table
@@ -113,8 +117,9 @@ def _name(graph: Compiled) -> str:
 
 def _told(reads: Reads) -> str:
     return (
-        f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of the "
-        f"head, {size_text(reads.bytes)} computed (install(returned_logits='keep') computes them once a call instead)"
+        f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of "
+        f"the head, {size_text(reads.bytes)} computed "
+        "(install(returned_logits='keep') computes them once a call instead)"
     )
 
 
@@ -124,7 +129,7 @@ class _History:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.graphs: deque[Compiled] = deque(maxlen=_GRAPHS)
-        self.reads: OrderedDict[tuple[int, ...], Reads] = OrderedDict()
+        self.reads: OrderedDict[tuple[int, int], Reads] = OrderedDict()
         self.forgotten = self.rewritten = self.left_alone = self.saved_bytes = self.held_bytes = 0
 
     def add(self, graph: Compiled) -> None:
@@ -137,7 +142,8 @@ class _History:
                 self.saved_bytes += record.logits_bytes * record.saved
                 self.held_bytes += record.logits_bytes * (not record.saved)
 
-    def read(self, logits: tuple[int, ...], rows: int, whole: int, size: int) -> tuple[Reads, bool]:
+    def read(self, logits: tuple[int, int], rows: int, size: int) -> bool:
+        """Is it the first of these logits?"""
         with self.lock:
             first = logits not in self.reads
             if first and len(self.reads) == _SITES:
@@ -146,8 +152,8 @@ class _History:
             reads.count += 1
             reads.rows += rows
             reads.bytes += size
-            reads.products += rows / max(whole, 1)
-            return dataclasses.replace(reads), first
+            reads.products += rows / max(logits[0], 1)
+            return first
 
 
 _history = _History()
@@ -158,24 +164,22 @@ def graph_compiled(compile_id: str, records: list[HeadRecord], cached: bool) -> 
     _history.add(Compiled(compile_id, told, cached, threading.current_thread().name))
 
 
-def deferred_read(logits: Any, rows: int, itemsize: int) -> None:
-    """Deferred logits of this shape are about to be computed for so many rows."""
-    shape = tuple(map(int, logits))
-    whole = 1
-    for size in shape[:-1]:
-        whole *= size
-    reads, first = _history.read(shape, rows, whole, rows * (shape[-1] if shape else 1) * itemsize)
-    if first:
-        log.info("deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
-                 "install(returned_logits='keep') does without", list(shape))  # fmt: skip
+def deferred_read(whole: int, rows: int, classes: int, itemsize: int) -> None:
+    """Some rows of deferred logits, of so many, are about to be computed."""
+    shape = int(whole), int(classes)
+    if _history.read(shape, int(rows), int(rows) * int(classes) * itemsize):
+        log.info(
+            "deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
+            "install(returned_logits='keep') does without", list(shape),
+        )  # fmt: skip
 
 
 def report() -> Report:
     """What happened in this process so far: `print(lce_inductor.report())`.
 
     Each graph that was compiled with the passes, also those whose code came from a compile cache; each head in it:
-    rewritten, by which kernels or program, with how many products and what that saves, or why not; and reads of deferred
-    logits. It need not be asked for beforehand. The last 1000 graphs are kept; the sums are of all.
+    rewritten, by which kernels or program, with how many products and what that saves, or why not; and reads of
+    deferred logits. It need not be asked for beforehand. The last 1000 graphs are kept; the sums are of all.
     """
     h = _history
     with h.lock:

@@ -30,7 +30,9 @@ def state_of(target: Any, args: Any, kwargs: Any) -> State:
     function, given = _root(target.fn, args, kwargs)
     if function is None:
         return State()
-    entries = [e for e in _debug_get_cache_entry_list(function.__code__) if innermost_backend(e.backend) == target.backend]
+    entries = [
+        e for e in _debug_get_cache_entry_list(function.__code__) if innermost_backend(e.backend) == target.backend
+    ]
     fitting = [e for e in entries if _fits(e, given)]
     if not fitting:
         return State(other_arguments=bool(entries))
@@ -42,14 +44,17 @@ def _root(fn: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
     owner = getattr(fn, "__self__", None)
-    if isinstance(owner, torch.nn.Module) and getattr(fn, "__name__", "") in ("_call_impl", "__call__", "_wrapped_call_impl"):
+    if isinstance(owner, torch.nn.Module) and getattr(fn, "__name__", "") in (
+        "_call_impl",
+        "__call__",
+        "_wrapped_call_impl",
+    ):
         fn = owner
-    method = fn.forward if isinstance(fn, torch.nn.Module) else fn
-    function = getattr(method, "__func__", method)
+    function: Any = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    if isinstance(function, types.MethodType):
+        function, args = function.__func__, (function.__self__, *args)
     if not isinstance(function, types.FunctionType):
         return None, {}
-    if isinstance(getattr(method, "__self__", None), object) and function is not method:
-        args = (method.__self__, *args)
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
@@ -78,7 +83,11 @@ def is_compiled(fn: Any) -> bool:
 
     if isinstance(fn, torch.nn.Module):
         return isinstance(fn, OptimizedModule) or fn._compiled_call_impl is not None
-    return isinstance(fn, types.FunctionType) and "_torchdynamo_orig_callable" in vars(fn) and not vars(fn).get("_torchdynamo_disable")
+    return (
+        isinstance(fn, types.FunctionType)
+        and "_torchdynamo_orig_callable" in vars(fn)
+        and not vars(fn).get("_torchdynamo_disable")
+    )
 
 
 def holds_compiled(fn: Any) -> bool:

@@ -6,14 +6,15 @@ import dataclasses
 from typing import Any
 
 from .records import HeadRecord
-from .tracing import GraphReport
+from .tracing import GraphReport, Session
 
 _DYNAMIC = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"
 _SCALAR = "torch._dynamo.config.capture_scalar_outputs = True"
 
 
-def across(graphs: list[GraphReport], results: Any, parts: bool) -> list[GraphReport]:
-    """results: what the function returned. parts: was it not compiled itself, only parts of it?"""
+def across(session: Session, results: Any, given: Any) -> list[GraphReport]:
+    """results: what the function returned. given: its arguments."""
+    graphs, parts = session.reports(), session.parts
     changed: dict[int, HeadRecord] = {}
     eager = _read_by_eager(results)
     for i, graph in enumerate(graphs):
@@ -27,12 +28,19 @@ def across(graphs: list[GraphReport], results: Any, parts: bool) -> list[GraphRe
                 ended = next((g for g in graphs[i:j] if g.break_at), None)
                 code = "loss-outside" if parts and ended is None else "graph-break"
                 for record in (head, loss):
-                    changed[id(record)] = _refused(record, code, ended)
+                    changed[id(record)] = dataclasses.replace(_refused(record, code, ended), joined=record is loss)
             elif head.trains and (head.told or head.classes in eager):
                 ended = next((g for g in graphs[i:] if g.break_at), None)
                 inside = head.classes in eager or not _returns(results, head)
                 broken = (ended is not None and inside) or (not parts and head.classes in eager)
-                changed[id(head)] = _refused(head, "graph-break" if broken else "loss-outside", ended if broken else None)
+                changed[id(head)] = _refused(
+                    head, "graph-break" if broken else "loss-outside", ended if broken else None
+                )
+    if not parts:
+        for record in [r for g in graphs for r in g.records if _is_its_loss(r, r) and id(r) not in changed]:
+            if not _holds(given, record.classes):  # eager code of the function made these logits
+                why = "; ".join(session.breaks)
+                changed[id(record)] = _hinted(record.refused("graph-break", f"({why})" if why else ""))
     graphs = [g.mapped(lambda r: changed.get(id(r), r)) for g in graphs]
     return [dataclasses.replace(g, records=tuple(r for r in g.records if r.told)) for g in graphs]
 
@@ -49,6 +57,10 @@ def _is_its_loss(record: HeadRecord, head: HeadRecord) -> bool:
 
 def _refused(record: HeadRecord, code: str, ended: GraphReport | None) -> HeadRecord:
     record = record.refused(code, f"{ended.break_at} ({ended.break_reason})" if ended is not None else "")
+    return _hinted(record)
+
+
+def _hinted(record: HeadRecord) -> HeadRecord:
     hint = _hint(record.stop)
     return dataclasses.replace(record, hint=hint) if hint else record
 
@@ -57,6 +69,8 @@ def _hint(stop: str) -> str:
     """What is to be done about some breaks."""
     if "self.loss_function" in stop:  # models without a loss type of their own warn about it through a logger
         return 'set model.loss_type = "ForCausalLM" before compiling (Hugging Face)'
+    if "backwards hooks" in stop:
+        return "take the full backward hook off the head; a hook on its weight (weight.register_hook) breaks nothing"
     if "torch.compiler.disable" in stop:
         return "take torch.compiler.disable off what stands between head and loss, or off the loss"
     if "dynamic shape operator" in stop.lower() or "dynamic output shape" in stop.lower():
@@ -68,30 +82,35 @@ def _hint(stop: str) -> str:
 
 def _returns(results: Any, head: HeadRecord) -> bool:
     """Do the function's results hold something of the size of these logits?"""
+    return _holds(results, head.classes) or any(
+        t.numel() * t.element_size() == head.logits_bytes for t in _tensors(results)
+    )
+
+
+def _holds(values: Any, classes: str) -> bool:
+    """A floating tensor with a dimension of so many classes; True where their number is only a symbol."""
+    return not classes.isdigit() or any(int(classes) in t.shape and t.is_floating_point() for t in _tensors(values))
+
+
+def _tensors(values: Any) -> list[Any]:
     import torch
     from torch.utils._pytree import tree_leaves
 
-    tensors = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.dim()]
-    return any(t.shape[-1] == 0 or str(t.shape[-1]) == head.classes for t in tensors) or _sized(tensors, head)
-
-
-def _sized(tensors: list[Any], head: HeadRecord) -> bool:
-    return any(t.numel() * t.element_size() == head.logits_bytes for t in tensors)
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
 def _read_by_eager(results: Any) -> set[str]:
-    """The numbers of classes of losses that eager code computed from what compiled graphs returned, as autograd knows."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    todo = [t.grad_fn for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    """Numbers of classes of losses that eager code computed from what compiled graphs returned: autograd knows."""
+    todo = [t.grad_fn for t in _tensors(results) if t.grad_fn is not None]
     seen, found = set(todo), set()
     while todo:
         node = todo.pop()
         saved = {"LogSoftmaxBackward0": "_saved_result", "LogsumexpBackward0": "_saved_self"}.get(node.name())
         if saved is not None and _above_compiled(node):
             try:
-                found.add(str(getattr(node, saved).shape[node._saved_dim[0] if saved == "_saved_self" else node._saved_dim]))
+                found.add(
+                    str(getattr(node, saved).shape[node._saved_dim[0] if saved == "_saved_self" else node._saved_dim])
+                )
             except RuntimeError:  # a backward has freed it
                 continue
         for below, _ in node.next_functions:

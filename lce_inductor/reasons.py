@@ -29,7 +29,7 @@ _ROWS = (
     ),
     Reason(
         "crossing",
-        "several rows of logits are read at once: a softmax over tokens, statistics of a batch, rows put in another order",
+        "several rows of logits are read at once: a softmax over tokens, statistics of a batch, rows in another order",
         "none: such a loss needs all logits at the same time",
     ),
     Reason(
@@ -74,15 +74,15 @@ _ROWS = (
     ),
     Reason(
         "no-head",
-        "the loss reads logits that no linear of this graph computes",
+        "the loss reads logits that no matrix product of this graph computes",
         "compile the head and the loss in one function",
     ),
     Reason(
         "foreign-product",
-        "the logits are made by an operation that is not torch's plain matrix product: a convolution, a batched, scaled "
-        "(fp8) or quantized product, a custom op",
-        "compute them by F.linear: a convolution of kernel size 1 is one, with the channels last; for torch.func.vmap or "
-        "torch.bmm, one for each weight in a loop; leave the head out of fp8 and quantization",
+        "the logits are made by an operation that is not torch's plain matrix product: a convolution, a batched, "
+        "scaled (fp8) or quantized product, a custom op",
+        "compute them by F.linear: a convolution of kernel size 1 is one, with the channels last; for torch.func.vmap "
+        "or torch.bmm, one for each weight in a loop; leave the head out of fp8 and quantization",
     ),
     Reason(
         "graph-break",
@@ -101,15 +101,15 @@ _ROWS = (
     ),
     Reason(
         "compiled-before",
-        "a call runs code that was compiled before install(), or in a thread or at a time without the passes; compiled "
-        "anew, this head would be rewritten",
-        "call lce_inductor.install() before the first call of the compiled function; torch._dynamo.reset() makes the next "
-        "call compile anew",
+        "a call runs code that was compiled before install(), or in a thread or at a time without the passes; "
+        "compiled anew, this head would be rewritten",
+        "call lce_inductor.install() before the first call of the compiled function; torch._dynamo.reset() makes the "
+        "next call compile anew",
     ),
     Reason(
         "hooks-replaced",
-        "options= of this torch.compile, or somebody else, replaces the hook that holds the pass, else this head would be "
-        "rewritten",
+        "options= of this torch.compile, or somebody else, replaces the hook that holds the pass, else this head would "
+        "be rewritten",
         "set your own pass in torch._inductor.config before lce_inductor.install(), and leave the hook out of options=",
     ),
     Reason(

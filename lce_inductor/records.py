@@ -14,6 +14,9 @@ from .reasons import REASONS
 
 log = logging.getLogger("lce_inductor")
 
+NOWHERE = "code without a file"  # made by exec(), or of torch itself
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadRecord:
     """One product that a loss reads, or could read where it is returned to; or a loss that no such product feeds.
@@ -27,9 +30,11 @@ class HeadRecord:
         code: reason code, or None if rewritten.
         trains: do the logits need a gradient?
         tier: "kernels" or "region", what computes a rewritten head; steps: of a region's program, for each row.
-        products: matrix products of the head's size in a training step. gradients: computed in the "forward", or by
+        products: matrix products of the head's size in a training step, of all `together` heads that one program
+            computes. gradients: computed in the "forward", or by
             "recompute", or "" without any.
         held: rewritten, and yet something else in the graph needs the logits.
+        joined: a loss whose head has a record of its own, in another graph.
         told: False for what is no head as far as this graph shows; explain() may learn otherwise from what runs later.
     """
 
@@ -50,9 +55,11 @@ class HeadRecord:
     tier: str = ""
     steps: int = 0
     products: int = 0
+    together: int = 1
     gradients: str = ""
     held: bool = False
     told: bool = True
+    joined: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -66,7 +73,11 @@ class HeadRecord:
     def how(self) -> str:
         """What computes a rewritten head, in words."""
         parts = {"kernels": "fused kernels", "region": f"a program of {self.steps} steps"}.get(self.tier, "")
-        return ", ".join(filter(None, [parts, f"{self.products} products" if self.products else ""]))
+        return ", ".join(filter(None, [parts, self.products_text()]))
+
+    def products_text(self) -> str:
+        shared = f" for {self.together} heads" if self.together > 1 else ""
+        return f"{self.products} products{shared}" if self.products else ""
 
     def refused(self, code: str, stop: str = "") -> HeadRecord:
         """The same head, left alone for this reason."""
@@ -79,13 +90,13 @@ class HeadRecord:
         if self.code is None:
             exist = "exist all the same: something else needs them" if self.held else "no longer exist"
             return [
-                f"rewrote {self.source or 'head'} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
+                f"rewrote {self.source} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
                 *(f"  - {line}" for line in self.replaced),
                 *(f"  + {line}" for line in self.inserted),
             ]
         where = f" at {self.stop}" if self.stop else ""
         return [
-            f"left {self.source or 'head'} as it is ({size}): {self.code}{where}: {self.explanation}",
+            f"left {self.source} as it is ({size}): {self.code}{where}: {self.explanation}",
             f"  hint: {self.hint}",
         ]
 
@@ -152,7 +163,9 @@ def publish(records: list[HeadRecord], config: Any, cached: bool = False) -> Non
         if record.rewritten:
             sums[prefix + (record.tier or "unknown")] += 1
             sums[prefix + "steps"] += record.steps
-            sums[prefix + "products"] += record.products
+            # of heads that are computed together, an equal share each: the sum is right
+            share = record.products / record.together
+            sums[prefix + "products"] += int(share) if share.is_integer() else share  # type: ignore[assignment]
         sums[prefix + ("saved_bytes" if record.saved else "held_bytes")] += record.logits_bytes
         for line in record.lines():
             log.debug("%s%s", "from the compile caches: " if cached else "", line)
@@ -179,7 +192,7 @@ def records_of(decision: Any, config: Any, existing: set[Any]) -> list[HeadRecor
 def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
     refusal, chunks = head.refusal, head.chunks(config)
     record = HeadRecord(
-        source=head.source,
+        source=head.source or NOWHERE,
         tokens=head.tokens,
         classes=head.classes,
         logits_bytes=head.logits_bytes,
@@ -190,11 +203,12 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         replaced=tuple(head.replaced) if refusal is None else (),
         inserted=tuple(head.inserted),
         plan=f"{chunks.count} chunks of {chunks.rows} tokens",
-        losses=tuple(head.losses),
+        losses=tuple(filter(None, head.losses)),
         trains=head.trains,
         tier=head.tier,
         steps=head.steps,
         products=head.products,
+        together=head.together,
         gradients=head.gradients,
         held=refusal is None and head.node in existing,
     )
@@ -210,7 +224,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
 def _of_stray(stray: Any) -> HeadRecord:
     where, *more = stray.losses
     record = HeadRecord(
-        source=stray.product or where,
+        source=stray.product or where or NOWHERE,
         tokens=stray.tokens,
         classes=stray.classes,
         logits_bytes=stray.logits_bytes,

@@ -22,18 +22,18 @@ def short(source: str) -> str:
 def outcome(record: HeadRecord) -> str:
     if record.code is not None:
         return record.code
-    products = [f"{record.products} products"] if record.products else []
+    products = [record.products_text()] if record.products else []
     tier = {"kernels": ["kernels"], "region": [f"program of {record.steps} steps"]}.get(record.tier, [])
     return ", ".join(["rewritten", *products, *tier, *(["held all the same"] if record.held else [])])
 
 
 def counted(record: HeadRecord) -> bool:
     """Is this the loss of a head that has a record of its own?"""
-    return record.kind == "loss" and record.code in ("graph-break", "loss-outside")
+    return record.joined
 
 
 def rows(graphs: Iterable[tuple[str, tuple[HeadRecord, ...], str]]) -> list[str]:
-    """One row for each head, with its losses, and for each loss that has none. graphs: name, records, line of a break."""
+    """One row for each head, with its losses, and for each loss without one. graphs: name, records, a break's line."""
     cells = [("graph", "", "where", "logits", "bytes", "outcome")]
     for name, records, break_at in graphs:
         for r in records:

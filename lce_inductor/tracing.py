@@ -81,8 +81,8 @@ def _context(fn: Any) -> Any:
 
 
 class Session:
-    """One call of explain(): the graphs, in the order in which they were compiled, of the function and of parts of it that
-    are compiled by themselves."""
+    """One call of explain(): the graphs, in the order in which they were compiled, of the function and of parts of it
+    that are compiled by themselves."""
 
     def __init__(self, asked: Config | None) -> None:
         self.asked, self.config = asked, asked
@@ -136,16 +136,16 @@ class Session:
             state = in_force.state_of(target, args, kwargs)
             if state.other_arguments:
                 self._say(
-                    "compiled code exists, but not for these arguments: the table is for what a call with them compiles "
-                    "(Dynamo may then take sizes that differ as symbols)"
+                    "compiled code exists, but not for these arguments: the table is for what a call with them "
+                    "compiles (Dynamo may then take sizes that differ as symbols)"
                 )
             if state.compiled:
                 if state.settings is None:
                     obstacle = "compiled-before"
                 elif config is not None and state.settings != config:
                     self._say(
-                        f"compiled code for these arguments exists already, made with other settings: {state.settings}. "
-                        "The table is for that code; torch._dynamo.reset() makes the next call compile with those now in force"
+                        f"compiled code for these arguments exists already, made with other settings: {state.settings}."
+                        " The table is for that code; torch._dynamo.reset() makes the next call compile anew"
                     )
                 config = state.settings or config
         if config is None and not obstacle:
@@ -153,7 +153,9 @@ class Session:
             obstacle = "hooks-replaced" if now is not None or install.current_config() is not None else "not-installed"
             if install.installed_elsewhere():
                 obstacle = "not-installed"
-                self._say("install() was called in another thread; from torch 2.13 on Inductor's hooks belong to a thread")
+                self._say(
+                    "install() was called in another thread; from torch 2.13 on Inductor's hooks belong to a thread"
+                )
         elif not obstacle and not install.defers(found):
             self._say("the hook for returned logits (pre_grad_custom_pass) does not hold our pass: none are deferred")
         self.config = config or install.current_config() or Config()
@@ -205,7 +207,11 @@ class Session:
             row = REASONS["internal-error"]
             found.append(f"{row.code}: {row.explanation}; {row.hint}")
         if not self.graphs:
-            found.append("torch.compile made no graph of this: nothing to trace, or Dynamo is switched off")
+            why = "".join(f"; {reason}" for reason in self.breaks)
+            found.append(
+                "torch.compile made no graph of this: nothing to trace, Dynamo is switched off, or what it cannot "
+                f"trace (in a try block, say) leaves the whole function to eager{why}"
+            )
         if self.parts:
             found.append("fn is not compiled itself: the table is for the compiled parts that it calls")
         if self.cached:
@@ -222,8 +228,8 @@ class Session:
 
 
 def _optimize(recorder: _Recorder, dynamic: bool | None) -> Any:
-    """Code of functions that are called after a graph break is the user's. Torch 2.13 can keep ours apart there; before,
-    each explain() counts as a recompilation of theirs, and must not stop at the limit of these."""
+    """Code of functions that are called after a graph break is the user's. Torch 2.13 can keep ours apart there;
+    before, each explain() counts as a recompilation of theirs, and must not stop at the limit of these."""
     import torch
 
     apart = "isolate_recompiles" in inspect.signature(torch._dynamo.eval_frame._optimize).parameters
@@ -282,7 +288,6 @@ def _forget(backend: _Recorder) -> None:
         entries = _debug_get_cache_entry_list(code) if code is not None else []
         if code is not None and entries and all(innermost_backend(e.backend) is backend for e in entries):
             reset_code(code)
-
 
 
 def _first_line(reason: str) -> str:

@@ -83,7 +83,7 @@ def begin(config: Config) -> None:
 
 
 def settings_of(compile_id: str) -> Config | None:
-    """The settings of the passes in a compile of this process since Dynamo's last reset; None if they were not there."""
+    """The settings of the passes in a compile since Dynamo's last reset; None if they were not there."""
     from torch._dynamo.callback import callback_handler
 
     return _known.get(compile_id) if _end in callback_handler.end_callbacks else None
@@ -145,7 +145,8 @@ def _kept(files: list[Path]) -> list[HeadRecord]:
     for file in files:
         if _beside(file).is_file():
             return [HeadRecord(**_tuples(r)) for r in json.loads(_beside(file).read_text())]
-    texts = [text for file in files if "tangents_1" not in (text := file.read_text())]  # a backward computes no head anew
+    texts = [file.read_text() for file in files]
+    texts = [text for text in texts if "tangents_1" not in text]  # a backward computes no head of its own
     return [_bare(name) for text in texts for name in _OPS.findall(text)]
 
 

@@ -59,7 +59,7 @@ def test_a_rewritten_head():
     assert (found.saved_bytes, found.held_bytes) == (24 * V * 4, 0)
     assert found.graphs[0].gradients == {"forward": 1, "recompute": 0}
     text = str(found)
-    assert "heads rewritten: 1 of 1" in text and "rewritten, 3 products" in text and "3.5 KiB saved" in text
+    assert "heads rewritten: 1 of 1" in text and "rewritten, 3 products, kernels" in text and "3.5 KiB saved" in text
     assert "tests/test_explain.py:" in text.replace(os.sep, "/") and "hint" not in text
 
 
@@ -90,7 +90,7 @@ def test_table_of_long_lines_and_sizes():
 
 def test_nothing_to_say():
     text = str(told(lambda x: x.sin(), torch.randn(3)))
-    assert "no linear that could be a head, and no loss" in text
+    assert "no head, and no loss over logits" in text
     assert "no graph" in str(told(lambda x: x, torch.randn(3)))
 
 
@@ -173,19 +173,31 @@ def test_a_metric_before_the_break():
     assert codes(told(fn, *head(v=WIDE))) == ["graph-break", "graph-break"]
 
 
-def test_gpt2_of_transformers():
-    """The class has no loss type of its own; the hint is the line that mends it."""
+def gpt2():
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     none = {"bos_token_id": None, "eos_token_id": None}
     shape = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=211, n_positions=32, **none)
-    model, ids = transformers.GPT2LMHeadModel(shape), torch.randint(0, 211, (2, 16))
+    return transformers.GPT2LMHeadModel(shape), torch.randint(0, 211, (2, 16))
+
+
+def test_gpt2_of_transformers():
+    """The class has no loss type of its own; the hint is the line that mends it."""
+    model, ids = gpt2()
     found = explain(torch.compile(model), min_logits_bytes=0)(ids, labels=ids)
     assert codes(found) == ["graph-break", "graph-break"]
     record = found.records[0]
     assert "self.loss_function(" in record.stop and "logging.Logger" in record.stop
     (hint,) = re.findall(r"set (model\.\w+ = \S+) ", record.hint)
     exec(hint)
+    found = explain(torch.compile(model), min_logits_bytes=0)(ids, labels=ids)
+    assert len(found.graphs) == 1 and "graph-break" not in codes(found)
+
+
+@pytest.mark.xfail(strict=True, reason="deferral of returned logits is not in the joint stage yet")
+def test_gpt2_of_transformers_as_the_hint_says():
+    model, ids = gpt2()
+    model.loss_type = "ForCausalLM"
     assert codes(explain(torch.compile(model), min_logits_bytes=0)(ids, labels=ids)) == [None]
 
 
@@ -209,27 +221,34 @@ def test_a_loss_without_a_head():
 def test_logits_used_by_something_else():
     def fn(x, w, y):
         logits = F.linear(x, w)
-        spread = logits.erf().sum()
+        spread = logits.detach().histc(9).sum()
         return F.cross_entropy(logits, y) + spread
 
     (record,) = told(fn, *head()).records
-    assert record.code == "escape" and line_of(record.stop, "spread = logits.erf().sum()")
+    assert record.code == "escape" and line_of(
+        record.stop.split(" (nothing")[0], "spread = logits.detach().histc(9).sum()"
+    )
     assert record.hint == REASONS["escape"].hint and len(record.losses) == 1
 
     def without(x, w, y):
         logits = F.linear(x, w)
-        return F.cross_entropy(logits, y) + x.erf().sum()
+        return F.cross_entropy(logits, y) + x.detach().histc(9).sum()
 
     assert codes(told(without, *head())) == [None]
 
 
-def test_dtype(monkeypatch):
-    """No dtype that the op does not take has a matrix product on the CPU, so the op takes fewer here."""
-    monkeypatch.setattr("lce_inductor.regions.rules_head.DTYPES", (torch.float64,))
-    found = told(step, *head())
-    assert codes(found) == ["dtype"] and "torch.float32" in found.records[0].stop
-    assert found.records[0].hint == "cast the head's inputs to one supported dtype"
-    assert codes(told(lambda x, w, y: step(x.double(), w.double(), y), *head())) == [None]
+def test_rows_read_together():
+    """What follows from several rows of logits at once cannot be computed from some of them."""
+
+    def fn(x, w, y):
+        logits = F.linear(x, w)
+        total = logits.cumsum(0)
+        return F.cross_entropy(total, y)
+
+    (record,) = told(fn, *head()).records
+    assert record.code == "crossing" and line_of(record.stop.split(" (")[0], "total = logits.cumsum(0)")
+    assert record.hint.startswith("none: ")
+    assert codes(told(lambda x, w, y: F.cross_entropy(F.linear(x.cumsum(0), w), y), *head())) == [None]
 
 
 def test_too_small():
@@ -266,12 +285,16 @@ def test_hooks_replaced_by_options(installed):
         def uuid(self) -> str:
             return "mine"
 
-    found = explain(torch.compile(step, options={"pre_grad_custom_pass": Mine()}))(*head())
+    found = explain(torch.compile(step, options={"joint_custom_pre_pass": Mine()}))(*head())
     assert codes(found) == ["hooks-replaced"] and mine == [1] and "leave the hook out of options=" in str(found)
+    found = explain(torch.compile(step, options={"pre_grad_custom_pass": Mine()}))(*head())
+    assert codes(found) == [None] and mine == [1, 1], "the other hook rewrites heads all the same"
+    (note,) = found.notes
+    assert "returned logits (pre_grad_custom_pass)" in note
     lce_inductor.uninstall()
     with inductor.patch(pre_grad_custom_pass=Mine()), lce_inductor.installed(min_logits_bytes=0):
         assert codes(explain(torch.compile(step, options={"max_autotune": False}))(*head())) == [None]
-    assert mine == [1, 1]
+    assert mine == [1, 1, 1]
 
 
 def test_inductor_options():
@@ -316,7 +339,7 @@ def test_what_can_be_explained(how, installed):
 
 
 def test_a_failing_pass(installed, monkeypatch, caplog):
-    monkeypatch.setattr("lce_inductor.passes.recognize", lambda *_: 1 / 0)
+    monkeypatch.setattr("lce_inductor.regions.decide", lambda *_: 1 / 0)
     found = explain(step)(*head())
     assert "internal-error" in str(found) and found.notes
 
@@ -385,9 +408,17 @@ def test_own_code_is_dropped():
 # -- the documentation
 
 
-def test_every_code_is_in_the_docs():
-    """And nothing else is in their table of codes."""
+def test_every_reason_is_in_the_docs():
+    """Code, explanation and hint as they are told, and nothing else in their table."""
     page = (Path(lce_inductor.__file__).parent.parent / "docs" / "reasons.md").read_text()
     table = re.search(r"\| reason code \|.*?(\n\n|\Z)", page, re.S)
     assert table is not None
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", table[0], re.M)) == set(reasons.REASONS)
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.*) \| (.*) \|$", table[0], re.M)
+    assert rows == [tuple(row) for row in reasons.REASONS.values()]
+
+
+def test_every_reason_is_used():
+    """A code that nothing gives says what the library does not do."""
+    root = Path(lce_inductor.__file__).parent
+    text = "".join(file.read_text() for file in root.rglob("*.py") if file.name != "reasons.py")
+    assert [code for code in reasons.REASONS if f'"{code}"' not in text] == []

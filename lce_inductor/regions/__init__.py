@@ -50,7 +50,8 @@ class Head:
 
     Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint. losses: the
     lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside could
-    read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none). ops: what computes it now.
+    read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a training
+    step. ops: what computes it now.
     """
 
     node: Node
@@ -68,6 +69,7 @@ class Head:
     returned: bool = False
     steps: int = 0
     products: int = 0
+    together: int = 1
     gradients: str = ""
     ops: list[Node] = dataclasses.field(default_factory=list)
 
@@ -134,7 +136,8 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
             decision.heads[node].inserted = [n.format_node() or n.name for n in made]
             decision.heads[node].tier, decision.heads[node].ops = tier, made
             decision.heads[node].steps = steps_of(made)
-            decision.heads[node].products = products_of(made) // len(region.heads)
+            decision.heads[node].products = products_of(made)
+            decision.heads[node].together = len(region.heads)
             if region.backward or region.merged:
                 decision.heads[node].gradients = "forward" if region.merged else "recompute"
     sort(graph)
@@ -161,15 +164,13 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
             heads[head].replaced = [n.format_node() or n.name for n in (head, *nodes)]
     strays: dict[tuple[Node, ...], Stray] = {}
     for loss in find_losses(labels.graph, labels.on_tangent):
-        line, mine = source(loss.node), [heads[n] for n in loss.origins if n in heads]
-        if not mine:
-            mine = [strays.setdefault(loss.origins, _stray(loss, labels))]  # type: ignore[list-item]
-        for head in mine:
-            if line not in head.losses:
-                head.losses.append(line)
-    for node, head in heads.items():
-        head.trains = gets_gradient(node, labels.on_tangent)
-        head.returned = looks_like_logits(node, labels.on_tangent)
+        mine: list[Head | Stray] = [heads[n] for n in loss.origins if n in heads]
+        for reader in mine or [strays.setdefault(loss.origins, _stray(loss, labels))]:
+            if source(loss.node) not in reader.losses:
+                reader.losses.append(source(loss.node))
+    for node in heads:
+        heads[node].trains = gets_gradient(node, labels.on_tangent)
+        heads[node].returned = looks_like_logits(node, labels.on_tangent)
     return list(strays.values())
 
 

@@ -1,4 +1,4 @@
-"""Losses, found by what they do: a softmax over classes of which the logarithm is taken, or of which classes are picked.
+"""Losses, found by what they do: a softmax over classes whose logarithm is taken, or of which classes are picked.
 
 What a head is, is decided by what reads it. A softmax that another product reads is attention or routing, and a wide
 product that nothing of this kind reads is a layer, an adapter or a projection, however wide.
@@ -23,7 +23,13 @@ prims = torch.ops.prims
 _WHOLE = (aten._log_softmax.default, aten._softmax.default, aten._safe_softmax.default, aten.logsumexp.default)
 _LOGARITHMS = (aten.log.default, aten.log2.default, aten.log1p.default, aten.log10.default)
 _PICKS = (aten.gather.default, aten.index.Tensor, aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-_CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
+_CASTS = (
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
 _VIEWS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
     aten.t.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default,
@@ -31,10 +37,12 @@ _VIEWS = (
 )  # fmt: skip
 # What an epilogue of logits is made of, beside a bias and numbers: a temperature, a softcap.
 _EPILOGUE = (
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar,
+    aten.tanh.default,
 )  # fmt: skip
 _NORMS = (
-    aten.mean.dim, aten.var_mean.correction, aten.var.correction, aten.rsqrt.default, aten.sqrt.default, operator.getitem,
+    aten.mean.dim, aten.var_mean.correction, aten.var.correction, aten.rsqrt.default, aten.sqrt.default,
+    operator.getitem,
     aten.pow.Tensor_Scalar, aten.sum.dim_IntList, aten.reciprocal.default, *_EPILOGUE[:-1],
 )  # fmt: skip
 # A returned product is told of as logits where there are so many classes for each hidden value.
@@ -117,7 +125,9 @@ def _is_loss(node: Node, logits: Node, on_tangent: set[Node]) -> bool:
     picked = any(n.target in _PICKS and not _chosen_by(n, logits, on_tangent) for n in follows)
     if picked:
         return True
-    logged = node.target in (aten._log_softmax.default, aten.logsumexp.default) or any(n.target in _LOGARITHMS for n in follows)
+    logged = node.target in (aten._log_softmax.default, aten.logsumexp.default) or any(
+        n.target in _LOGARITHMS for n in follows
+    )
     return logged and not any(is_product(n) for n in _behind(logits, on_tangent))
 
 
@@ -149,11 +159,18 @@ def origins(logits: Node) -> tuple[Node, ...]:
     todo, seen = [logits], {logits}
     while todo:
         node = todo.pop()
-        if node.op != "call_function" or is_product(node) or is_product_by_shape(node) or node.target is aten.embedding.default:
+        if (
+            node.op != "call_function"
+            or is_product(node)
+            or is_product_by_shape(node)
+            or node.target is aten.embedding.default
+        ):
             found[node] = None
             continue
         pieces = node.target in (aten.cat.default, aten.stack.default, operator.getitem)
         parents = [a for a in node.all_input_nodes if _is_float(a) and (pieces or 2 * _numel(a) >= _numel(node))]
+        if node.target in (*_VIEWS, *_CASTS) and isinstance(node.args[0], Node):
+            parents = [node.args[0]]  # also of a number of rows that nobody knows
         if not parents:
             found[node] = None
         for parent in parents:
@@ -170,7 +187,7 @@ def _is_float(node: Node) -> bool:
 
 
 def is_product_by_shape(node: Node) -> bool:
-    """An operation of somebody else that sums over a size of two inputs and keeps another of each, as a product does."""
+    """An operation of somebody else's that sums over a size of two inputs and keeps another of each: a product."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace in ("aten", "prims"):
         return False
     out = _value(node)
@@ -196,8 +213,8 @@ def _sizes(node: Node) -> tuple[int, ...]:
 
 
 def looks_like_logits(node: Node, on_tangent: set[Node]) -> bool:
-    """Is this product returned as logits are: wide, itself or with a bias, a temperature or a softcap, no sum of layers,
-    and not the second of two products that make a narrow one?"""
+    """Is this product returned as logits are: wide, itself or with a bias, a temperature or a softcap, no sum of
+    layers, and not the second of two products that make a narrow one?"""
     hidden, classes = size_hint(_value(factors(node)[0]).shape[-1]), size_hint(_value(node).shape[-1])
     if classes < _MANY_CLASSES and classes <= _CLASSES_PER_HIDDEN * hidden:
         return False
