@@ -10,8 +10,8 @@ import torch
 from harness import decided, head, joint_graph
 from torch.nn import functional as F
 
-from lce_inductor.ops.regions import run
 from lce_inductor.ops.program import Program, Ref, Result, Rows, Step, Sym, name_of, parse, resolve
+from lce_inductor.ops.regions import run
 
 aten = torch.ops.aten
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-
 _LONGEST = 1 << 20
 _OTHERS = ("getitem",)
 # Beside all pointwise ops. A fact in regions/facts.py says what each does with dimensions.

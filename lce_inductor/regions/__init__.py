@@ -1,7 +1,7 @@
 """Regions: find linear -> loss heads in a joint graph, by how values depend on rows, and compute them chunk by chunk.
 
-tags, facts (what an op does with dimensions) -> spaces (sets of rows) -> labels (the walk over a graph) -> emit (a program
-from labelled nodes) -> region (what is computed together) -> kernels_for (do the fused kernels compute it?) -> write.
+tags, facts (what an op does with dimensions) -> spaces (sets of rows) -> labels (the walk over a graph) -> emit (a
+program from labelled nodes) -> region (what is computed together) -> match (do the fused kernels compute it?) -> write.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..graph.write import sort
 from ..ops import regions as _ops  # noqa: F401  (registers the op)
 from ..ops.chunking import ChunkPlan, saves_little
 from ..ops.chunking import plan as plan_chunks
+from ..ops.program import parse
 from ..reasons import Refusal, refuse
 from .facts import Crossing
 from .fused import NotFused
@@ -28,7 +29,6 @@ from .labels import PRODUCTS, Labels
 from .losses import Loss, gets_gradient, is_product_by_shape, like, looks_like_logits, read_by_products
 from .losses import losses as find_losses
 from .match import fused_calls
-from ..ops.program import parse
 from .region import Found, Region, find
 from .tags import is_one
 from .write import write
@@ -49,8 +49,9 @@ class Head:
     """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
 
     Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint. losses: the
-    lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside could
-    read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a training
+    lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside
+    could read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a
+    training
     step. ops: what computes it now.
     """
 

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..graph.values import size_hint
 from ..lower.values import call
 from ..ops.epilogue import apply, apply_with_slope
+from ..ops.program import Program, Step
 from .algebra import Poly
 from .fused import Count, Elem, NotFused, Wide
 from .match import Match, same_rows
-from ..ops.program import Program, Step
 from .tags import LOCAL, ROW, shape_of
 
 _ROWS = 2
@@ -142,7 +142,11 @@ class _Numbers:
 
     def inputs(self, program: Program, emitter: Any) -> list[Tensor]:
         rows, whole = iter(emitter.given["rows"]), iter(emitter.given["whole"])
-        pick = {"logits": lambda: self.z, "rows": lambda: self._row(next(rows)), "whole": lambda: self._whole(next(whole))}
+        pick = {
+            "logits": lambda: self.z,
+            "rows": lambda: self._row(next(rows)),
+            "whole": lambda: self._whole(next(whole)),
+        }
         return [pick[kind]() for kind in program.inputs]
 
     def _row(self, what: Any) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
+from ..ops.program import Program, Ref, Result, Rows, Step, Sym, name_of
 from .facts import Crossing, bound, fact, moved_dims, operand_tags
 from .labels import Labels
-from ..ops.program import Program, Ref, Result, Rows, Step, Sym, name_of
 from .spaces import Space, reached
 from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
 
@@ -337,7 +337,7 @@ class Emitter:
                 ref = self._reshaped(ref, here, kept) if len(kept) < len(here) else ref
             at_node[arg] = ref
         dims = moved_dims(found, node, wanted)
-        args = [dims[i] if i in dims else a for i, a in enumerate(node.args)]
+        args = [dims.get(i, a) for i, a in enumerate(node.args)]
         kwargs = {k: v for k, v in node.kwargs.items() if k not in _DROPPED}
         names = list(bound(node))
         for i, value in dims.items():
@@ -351,7 +351,9 @@ class Emitter:
             args = [args[0], node.meta["val"].dtype]
             if at_node[node.args[0]] is None:
                 raise Crossing("nothing to cast")
-        return self._step(target, self._filled_in(args, at_node), {k: self._filled_in(v, at_node) for k, v in kwargs.items()})
+        return self._step(
+            target, self._filled_in(args, at_node), {k: self._filled_in(v, at_node) for k, v in kwargs.items()}
+        )
 
     def _filled_in(self, value: Any, at_node: dict[Node, Any]) -> Any:
         if isinstance(value, Node):

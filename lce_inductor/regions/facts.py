@@ -66,7 +66,11 @@ def fact(node: Node) -> Fact:
     if isinstance(target, torch._ops.OpOverload):
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise Crossing("random numbers of the size of the logits", "random")
-        if torch.Tag.pointwise in target.tags and target.namespace in ("aten", "prims") and not target._schema.is_mutable:
+        if (
+            torch.Tag.pointwise in target.tags
+            and target.namespace in ("aten", "prims")
+            and not target._schema.is_mutable
+        ):
             return pointwise(node)
     raise Crossing(f"nothing is known of {target}", "escape")
 
@@ -108,8 +112,9 @@ def pointwise(node: Node) -> Fact:
 rule(
     aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, prims.convert_element_type.default,
     aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.copy.default,
-    aten.lift_fresh_copy.default, aten.clamp.default, aten.clamp.Tensor, aten.full_like.default, aten.zeros_like.default,
-    aten.ones_like.default, aten.nan_to_num.default, aten.relu.default, aten.erf.default, aten.logical_not.default,
+    aten.lift_fresh_copy.default, aten.clamp.default, aten.clamp.Tensor, aten.full_like.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.nan_to_num.default, aten.relu.default,
+    aten.erf.default, aten.logical_not.default,
 )(pointwise)  # fmt: skip
 
 
@@ -163,8 +168,11 @@ def _along(dim_at: int, operands: int = 1) -> Rule:
     return along
 
 
-rule(aten._softmax.default, aten._log_softmax.default, aten._safe_softmax.default, aten.cumsum.default, aten.cumprod.default,
-     aten.sort.default, aten.argsort.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default)(_along(1))  # fmt: skip
+rule(
+    aten._softmax.default, aten._log_softmax.default, aten._safe_softmax.default, aten.cumsum.default,
+    aten.cumprod.default, aten.sort.default, aten.argsort.default, aten.logcumsumexp.default, aten.cummax.default,
+    aten.cummin.default,
+)(_along(1))  # fmt: skip
 rule(aten.sort.stable, aten.topk.default)(_along(2))
 rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)(_along(2, operands=2))
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ..ops.program import Program, Ref, Rows, resolve
 from . import algebra
 from .algebra import Poly
-from ..ops.program import Program, Ref, Rows, resolve
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -98,8 +98,8 @@ class Several:
 class Evaluate:
     """Evaluates one program with symbols.
 
-    classes: V. double: are the logits fp64? given: what stands for each row input and each whole input (an Index, Count,
-    Class or Poly). epilogue: the one that is known from the forward already, or None.
+    classes: V. double: are the logits fp64? given: what stands for each row input and each whole input (an Index,
+    Count, Class or Poly). epilogue: the one that is known from the forward already, or None.
     """
 
     def __init__(

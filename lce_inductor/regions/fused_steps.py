@@ -78,7 +78,12 @@ def _sum(e: Evaluate, p: Any, q: Any, factor: float) -> Any:
         if number is not None:
             return Elem(None, ("add", number, elem.tree, factor))
         other = q if isinstance(p, Elem) else p
-        if isinstance(other, Class) and elem.tree == ("z",) and factor == other.factor == 1 and e.bias in (None, other.index):
+        if (
+            isinstance(other, Class)
+            and elem.tree == ("z",)
+            and factor == other.factor == 1
+            and e.bias in (None, other.index)
+        ):
             e.bias = other.index  # from here on, z is what has it
             return elem
     if not is_wide(p) and not is_wide(q):

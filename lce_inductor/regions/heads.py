@@ -69,7 +69,8 @@ def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
 def is_product(node: Node) -> bool:
     name = str(node.target)
     return node.op == "call_function" and (
-        node.target in PRODUCTS or any(word in name for word in ("attention", "convolution", "_mm", "linear", "lstm", "gru"))
+        node.target in PRODUCTS
+        or any(word in name for word in ("attention", "convolution", "_mm", "linear", "lstm", "gru"))
     )
 
 

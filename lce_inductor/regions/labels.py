@@ -139,7 +139,9 @@ class Labels:
         blamed = [a for a in node.all_input_nodes if a in self.beyond]
         if self.wide(node):
             if blamed and (node not in self.on_tangent or any(a in self.late for a in blamed)):
-                self._problem(label.space, "crossing", node, "what several rows were added up to comes back to the rows")
+                self._problem(
+                    label.space, "crossing", node, "what several rows were added up to comes back to the rows"
+                )
         elif blamed:  # no longer a function of its own row alone
             del self.of[node]
             self._leave(node, args, Crossing("what several rows were added up to comes back to the rows"))

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
+from ..ops.program import Program
 from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
 from . import algebra
 from .algebra import Poly
@@ -17,7 +18,6 @@ from .facts import Crossing
 from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
 from .labels import Labels, Sink
-from ..ops.program import Program
 from .spaces import Space
 from .tags import LOCAL, ROW, is_one, product, same_size, shape_of
 
@@ -135,7 +135,9 @@ class Matcher:
         weight = next(iter(weights), None)
         if gradients is not None and gradients.sum is not None:
             weight = self._sum_of
-        columns = {a[2] for a in used if a[:2] == ("stat", "target")} | {a[3] for a in used if a[:2] == ("in", "picked")}
+        columns = {a[2] for a in used if a[:2] == ("stat", "target")} | {
+            a[3] for a in used if a[:2] == ("in", "picked")
+        }
         columns |= set(gradients.targets) if gradients is not None else set()
         targets = {column: what for column, what in self.targets.values() if column in columns}
         if not stats:
@@ -345,8 +347,8 @@ def _counts(node: Node) -> bool:
 
 
 _SHAPE_ONLY = (
-    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.clone.default,
-    aten.alias.default, aten.detach.default, aten._unsafe_view.default,
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default,
 )  # fmt: skip
 
 
@@ -373,7 +375,9 @@ def same_rows(node: Any) -> Any:
 def _matrix(node: Any, turned: bool = False) -> tuple[Node, bool]:
     """A matrix behind its transpositions and views, and whether it is turned."""
     while isinstance(node, Node):
-        if (node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [0, 2, 1])) or node.target is aten.t.default:  # type: ignore[arg-type]
+        if (
+            node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [0, 2, 1])
+        ) or node.target is aten.t.default:  # type: ignore[arg-type]
             node, turned = node.args[0], not turned
         elif node.target in (aten.alias.default, aten.detach.default):
             node = node.args[0]

@@ -1,8 +1,8 @@
 """Labels -> what to write: for each set of rows one or two programs, and which nodes of the graph their results are.
 
 A head has a forward part (values of each row) and a backward part (dX, dW, sums over rows). Both are one program where
-the backward part is linear in a scalar tangent and reads nothing that rows were added up to: it is then evaluated in the
-forward, with that tangent set to one. Else there are two, and the second computes the logits again.
+the backward part is linear in a scalar tangent and reads nothing that rows were added up to: it is then evaluated in
+the forward, with that tangent set to one. Else there are two, and the second computes the logits again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def find(graph: Graph, deferred: frozenset[Node] = frozenset(), merge: bool = Tr
     labels = Labels(graph, tangents, deferred)
     labels.run(candidates(graph, labels.on_tangent))
     for head in filter(is_other_product, labels.sources):
-        labels.problems.setdefault(head, Problem("escape", head, "a product that is scaled, or has a bias for each row"))
+        labels.problems.setdefault(
+            head, Problem("escape", head, "a product that is scaled, or has a bias for each row")
+        )
     regions, problems = [], dict(labels.problems)
     for heads, spaces in components(labels):
         trouble = next((labels.problems[h] for h in heads if h in labels.problems), None)
@@ -99,9 +101,7 @@ def _reads_anything(labels: Labels, spaces: set[Space]) -> bool:
     )
 
 
-def assemble(
-    labels: Labels, heads: list[Node], spaces: set[Space], tangents: set[Node], merge: bool = True
-) -> Region:
+def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: set[Node], merge: bool = True) -> Region:
     """The programs of one component. Raises Crossing where something in it can't be computed row by row."""
     sinks = [s for s in labels.sinks if labels.of[s.wide].space.find() in spaces and _alive(s.node)]
     late = [s for s in sinks if s.node in labels.on_tangent]
@@ -130,7 +130,13 @@ def assemble(
 
 
 def _merged(
-    labels: Labels, heads: list[Node], spaces: set[Space], values: list[Node], early: list[Sink], late: list[Sink], tangents: set[Node]
+    labels: Labels,
+    heads: list[Node],
+    spaces: set[Space],
+    values: list[Node],
+    early: list[Sink],
+    late: list[Sink],
+    tangents: set[Node],
 ) -> Region | str:
     """All in one program, or why that can't be."""
     if any(head.meta["val"].dtype == torch.float16 for head in heads):
@@ -232,4 +238,3 @@ def _nodes(emitter: Emitter, kind: str) -> list[Node]:
 
 def _alive(node: Node) -> bool:
     return bool(node.users)
-

@@ -17,8 +17,9 @@ prims = torch.ops.prims
 # Linear in the first argument, and of degree zero in the others.
 _FIRST = {
     aten.neg.default, aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.clone.default,
-    aten.permute.default, aten.select.int, aten.slice.Tensor, aten.t.default, aten.transpose.int, aten._to_copy.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default,
+    aten.clone.default, aten.permute.default,
+    aten.select.int, aten.slice.Tensor, aten.t.default, aten.transpose.int, aten._to_copy.default,
     prims.convert_element_type.default, aten.detach.default, aten.sum.default, aten.sum.dim_IntList, aten.mean.default,
     aten.mean.dim, aten.div.Tensor, aten.div.Scalar, aten.gather.default, aten.index.Tensor, aten.index_select.default,
     aten.constant_pad_nd.default, aten.cumsum.default, aten.flip.default, prims.rev.default, aten.split.Tensor,

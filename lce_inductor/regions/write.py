@@ -1,8 +1,8 @@
 """Region -> graph: the only module of this stage that changes a graph.
 
-    z = mm(x, w); ...; loss_rows = sub(...)          out = row_region([x], [w], ..., program)
-    dz = ...; dx = mm(dz, w.t()); dw = mm(dz.t(), x)  loss_rows, dx1, dw1 = out[0], out[1], out[2]
-                                                     dx, dw = dx1 * tangent, dw1 * tangent
+z = mm(x, w); ...; loss_rows = sub(...)          out = row_region([x], [w], ..., program)
+dz = ...; dx = mm(dz, w.t()); dw = mm(dz.t(), x)  loss_rows, dx1, dw1 = out[0], out[1], out[2]
+                                                 dx, dw = dx1 * tangent, dw1 * tangent
 """
 
 from __future__ import annotations
@@ -88,7 +88,13 @@ def replace(node: Node, value: Node) -> None:
 
 
 def _call(
-    writer: Writer, labels: Labels, part: Part, space: Space, config: Config, copies: Copies, values: dict[Node, Node],
+    writer: Writer,
+    labels: Labels,
+    part: Part,
+    space: Space,
+    config: Config,
+    copies: Copies,
+    values: dict[Node, Node],
     forward: bool,
 ) -> Node:
     emitter = part.emitter
@@ -105,12 +111,15 @@ def _call(
         xs.append(x_moved)
         weights.append(two(writer, now(weight)))
         biases.append(bias if bias is None else now(bias))
-    given = [_naming_inputs(writer, labels, what, forward, values, rows(writer, what, space, now)) for what in emitter.given["rows"]]
+    given = [
+        _naming_inputs(writer, labels, what, forward, values, rows(writer, what, space, now))
+        for what in emitter.given["rows"]
+    ]
     whole = [now(what[0]) for what in emitter.given["whole"]]
     matrices = [two(writer, now(m)) for m in emitter.matrices]
     return writer.call(
-        torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights, [b for b in biases if b is not None],
-        [b is not None for b in biases], given, whole, matrices, list(emitter.sizes), program,
+        torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights,
+        [b for b in biases if b is not None], [b is not None for b in biases], given, whole, matrices, list(emitter.sizes), program,
         config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
 
@@ -235,9 +244,7 @@ class Copies:
             if inputs := second.inputs_of(region.heads):
                 second.register_lowering()
                 self.tangent = writer.call(torch.ops.lce_inductor.once.default, self.tangent, inputs)
-            self.of[root] = writer.call(
-                aten.full.default, list(value.shape), 1, dtype=value.dtype, device=value.device
-            )
+            self.of[root] = writer.call(aten.full.default, list(value.shape), 1, dtype=value.dtype, device=value.device)
 
     def _stays(self, node: Node) -> bool:
         return node not in self.behind and not (self.merged and node in self.labels.on_tangent)

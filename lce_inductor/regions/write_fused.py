@@ -1,8 +1,8 @@
 """Match -> graph: row_stats in place of the forward, row_stats_backward in place of the products of the backward.
 
-    z = mm(x, w); m = amax(z); ...; lp = gather(z - m - log(s), y)    stats = row_stats(x, w', None, y, ...)
-    dz = exp(...) * g - ...                                           lp = stats[1] - stats[0]
-    dx = mm(dz, w'); dw = mm(dz.t(), x)                               dx, dw, db = row_stats_backward(x, w', ..., g)
+z = mm(x, w); m = amax(z); ...; lp = gather(z - m - log(s), y)    stats = row_stats(x, w', None, y, ...)
+dz = exp(...) * g - ...                                           lp = stats[1] - stats[0]
+dx = mm(dz, w'); dw = mm(dz.t(), x)                               dx, dw, db = row_stats_backward(x, w', ..., g)
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ class _Stats:
         self.places = {k: i for i, k in enumerate(self.columns)}
         target = None
         if self.columns:
-            wide = [call(prims.convert_element_type.default, c, torch.int64) if c.meta["val"].dtype != torch.int64 else c
-                    for c in self.columns.values()]  # fmt: skip
+            wide = [
+                c if c.meta["val"].dtype == torch.int64 else call(prims.convert_element_type.default, c, torch.int64)
+                for c in self.columns.values()
+            ]
             target = call(aten.stack.default, wide, 1) if len(wide) > 1 else call(aten.unsqueeze.default, wide[0], 1)
         self.class_weight = None if match.class_weight is None else self._vector(match.class_weight)
         self.head = (x, weight, bias, target, self.class_weight)
@@ -91,7 +93,9 @@ class _Stats:
         return self.writer.call(aten.reshape.default, value, [self.space.find().count])
 
     def _now(self, node: Node) -> Any:
-        return self.values[node] if node in getattr(self, "values", {}) else self.copies(node) if not self._late else node
+        return (
+            self.values[node] if node in getattr(self, "values", {}) else self.copies(node) if not self._late else node
+        )
 
     _late = False
 
@@ -133,7 +137,9 @@ class _Stats:
                 term = call(aten.neg.default, term)
             elif c != 1:
                 term = call(aten.mul.Tensor, term, c)
-            out = term if out is None else call(aten.add.Tensor, *((out, term) if isinstance(out, Node) else (term, out)))
+            out = (
+                term if out is None else call(aten.add.Tensor, *((out, term) if isinstance(out, Node) else (term, out)))
+            )
         if not isinstance(out, Node):
             x = self.head[0].meta["val"]
             fill, count = 0.0 if out is None else out, self.space.find().count
@@ -181,7 +187,11 @@ class _Stats:
         g_target = None
         if targets:
             targets = [self._in_stat_dtype(t) for t in targets]
-            g_target = call(aten.stack.default, targets, 1) if len(targets) > 1 else call(aten.unsqueeze.default, targets[0], 1)
+            g_target = (
+                call(aten.stack.default, targets, 1)
+                if len(targets) > 1
+                else call(aten.unsqueeze.default, targets[0], 1)
+            )
         row = [None if p is None else self._in_stat_dtype(self.poly(p)) for p in (g.lse, g.sum, g.neg_entropy)]
         lse = self.stat("lse", ()) if self.match.stats & 1 else call(
             aten.full.default, [self.space.find().count], 0.0, dtype=torch.float64,
