@@ -45,7 +45,7 @@ RESULTS = ("row", "sum", "dx", "dw")
 class Ref(NamedTuple):
     """A value of the program: an input, then the steps, in order."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Rows(NamedTuple):
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 class Sym(NamedTuple):
     """A size that comes beside the text, by its place there."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Step(NamedTuple):

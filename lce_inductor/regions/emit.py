@@ -253,7 +253,7 @@ class Emitter:
             ((source, before),) = wanted
             ref = self.value(source, before, home)
             return None if ref is None else self._step(operator.getitem, (ref, node.args[1]), {})
-        refs = []
+        refs: list[Any] = []
         apart = self.space is not home.find() and node in self.labels.of and self._has_native_part(node)
         for i, (arg, here) in enumerate(wanted):
             if apart and node.target in (aten.add.Tensor, aten.sub.Tensor) and self._native(arg):

@@ -448,7 +448,7 @@ def index_put(node: Node) -> Fact:
     m, given = rank(x), [(d, i) for d, i in enumerate(indices) if i is not None]
     few = rank(values)
     if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x) and few <= 1:
-        return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0][:few])], kind="put")
+        return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0] if few else [])], kind="put")  # type: ignore[list-item]
     if len(given) != 1 or (few and (few != m or rank(given[0][1]) != 1)):
         raise Crossing("values put along several dimensions")
     d, i = given[0]
@@ -465,4 +465,4 @@ def counts_rows(index: Node, x: Node) -> bool:
     else:
         plain = index.target is aten.arange.default and len(index.args) == 1
     shape = shape_of(index)
-    return plain and shape is not None and same_size(shape[0], (shape_of(x) or (0,))[0])
+    return bool(plain) and shape is not None and same_size(shape[0], (shape_of(x) or (0,))[0])

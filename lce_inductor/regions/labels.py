@@ -226,10 +226,10 @@ class Labels:
             return self.of[args[0]]
         if found.kind == "view":
             old, new = shape_of(node.args[0]), shape_of(node)
-            tags = through_view(self.of[args[0]].tags, old or (), new or ())
-            if tags is None:
+            seen = through_view(self.of[args[0]].tags, old or (), new or ())
+            if seen is None:
                 raise Crossing("rows and classes are mixed by a view")
-            return self.of[args[0]]._replace(tags=tags)
+            return self.of[args[0]]._replace(tags=seen)
         if not set(args) <= {a for a, _ in found.operands}:
             raise Crossing("an argument that is not an operand depends on rows", "escape")
         tags = result_tags(node, found, {a: self.of[a].tags for a in args})
@@ -376,7 +376,9 @@ class Labels:
             return None
         tags = self.of[args[0]].tags
         tags = tags[:dim] + ROW + tags[dim + 1 :]
-        first, start, parts = None, 0, []
+        first: Space | None = None
+        start: Any = 0
+        parts: list[Space] = []
         for piece in pieces:
             length = (shape_of(piece) or ())[dim]
             if piece in self.of:
@@ -387,7 +389,7 @@ class Labels:
                 moves = (
                     m
                     for m in label.space.find().found_from
-                    if m.same_as(*cut[label.tags[dim] == ONE], rows)
+                    if m.same_as(*cut[label.tags[dim] == ONE], rows=rows)
                     or (flat is not None and flat == m.range() and same_size(m.before.find().count, product(rows)))
                 )
                 move = next((m for m in moves if first is None or m.before.find() is first), None)
@@ -456,7 +458,7 @@ def keeps_zeros(node: Node, arg: Node) -> bool:
         return node.args[1] is arg and is_zero(node.args[0])
     if node.target is aten.index_put.default:
         return node.args[2] is arg and is_zero(node.args[0])
-    return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
+    return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or bool(node.args[2] == 0))
 
 
 def is_zero(node: Any) -> bool:

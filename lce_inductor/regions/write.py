@@ -32,7 +32,8 @@ def write(graph: Graph, labels: Labels, region: Region, config: Config) -> list[
     """Replace a region's nodes. Returns the nodes of the ops that now compute them."""
     behind = behind_heads(graph, labels)
     writer = Writer(graph, before_writes(graph), region.heads[0], unsized(graph, labels))
-    made, values = [], {}
+    made: list[Node] = []
+    values: dict[Node, Node] = {}
     copies = Copies(writer, labels, region, behind)
     for parts, phase in ((region.forward, "forward"), (region.backward, "backward")):
         for space, part in parts.items():
@@ -119,8 +120,8 @@ def _call(
     matrices = [two(writer, now(m)) for m in emitter.matrices]
     return writer.call(
         torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights,
-        [b for b in biases if b is not None], [b is not None for b in biases], given, whole, matrices, list(emitter.sizes), program,
-        config.chunk_tokens or 0, config.workspace_bytes,
+        [b for b in biases if b is not None], [b is not None for b in biases], given, whole, matrices,
+        list(emitter.sizes), program,        config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ def write_fused(graph: Graph, labels: Labels, matches: list[Match], config: Conf
     for node in list(graph.nodes):  # sizes read off what is not there any more
         if node.target is aten.sym_size.int and node.args[0] in labels.of and labels.wide(node.args[0]) and node.users:
             node.replace_all_uses_with(writer.size(node.meta["val"].node.expr))
-    made, sums = [call.node for call in calls], {}
+    made = [call.node for call in calls]
+    sums: dict[Node, Node] = {}
     for call in calls:
         if call.match.gradients is not None:
             made.append(call.backward(values, sums))

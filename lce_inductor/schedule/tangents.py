@@ -209,7 +209,7 @@ class _Evaluate:
             value = self(column)
             if value.slope is not None or (value.const is None and not zero) or not (zero or column in self.on_tangent):
                 raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
-            columns.append(self._clean(column) if zero else value.const)
+            columns.append(self._clean(column) if zero else value.const)  # type: ignore[arg-type]
         return Affine(self._copy(node, {0: columns}), None)
 
     def _map(self, node: Node, index: int) -> Affine:
