@@ -194,7 +194,6 @@ def test_gpt2_of_transformers():
     assert len(found.graphs) == 1 and "graph-break" not in codes(found)
 
 
-@pytest.mark.xfail(strict=True, reason="deferral of returned logits is not in the joint stage yet")
 def test_gpt2_of_transformers_as_the_hint_says():
     model, ids = gpt2()
     model.loss_type = "ForCausalLM"

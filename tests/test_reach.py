@@ -64,18 +64,18 @@ REACHED: dict[str, tuple[Text, int]] = {
     "selective log-softmax": (Text(Z3 + f"z = z[:, :-1]\npicked = z.gather(-1, y3[:, 1:, None]).squeeze(-1)\nreturn (picked - {ROWS}).mean()"), N - 4),
     "divided in place": (Text(Z + "z.div_(0.7)\nreturn z.log_softmax(-1).gather(1, y[:, None]).mean()"), N),
     "labels masked in place": (Text(Z3 + f"t, z = y3[:, 1:].clone(), z[:, :-1]\nkeep = t != 3\nt[t == 3] = 0\nlogp = torch.gather(z, -1, t[..., None]).squeeze(-1) - {ROWS}\nreturn -(logp * keep).sum(-1).mean()"), N - 4),
-}  # fmt: skip
-NOT_YET: dict[str, tuple[Text, int]] = {
     "temperature of each row": (Text(Z + "z = z / temp.unsqueeze(-1)\nreturn torch.gather(z.log_softmax(-1), -1, y.unsqueeze(-1)).mean()"), N),
     "temperature of each row, trained": (Text(Z + "z = z / (row.abs() + 0.5).unsqueeze(-1)\nreturn z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()"), N),
     "temperature of each sequence": (Text(Z3 + "z = z * weights3[:, :1, None]\nreturn F.cross_entropy(z.flatten(0, 1), y3.flatten())"), N),
-    "slice divided in place": (Text(Z3 + "z = z[:, :-1, :]\nz.div_(0.9)\nreturn (z.logsumexp(-1) - z.gather(-1, y3[:, 1:].unsqueeze(-1)).squeeze(-1)).mean()"), N - 4),
-    "slices divided in place": (Text(Z3 + f"z = z[:, :-1, :]\nz = z[:, -4:, :]\nz = z.div_(0.7)\nreturn (z.gather(-1, y3[:, 2:, None]).squeeze(-1) - {ROWS}).mean()"), N - 8),
     "autograd.Function": (Text(Z + "return CE.apply(z, y).mean()", setup=FUNCTION), N),
     "autograd.Function of tensor-parallel code": (Text(Z + "return (CE.apply(z, y) * weights).sum()", setup=PARALLEL), N),
     "label smoothing scattered": (Text(Z + "with torch.no_grad():\n    t = torch.full_like(z, 0.1 / 36)\n    t.scatter_(1, y.unsqueeze(1), 0.9)\nreturn F.kl_div(z.log_softmax(-1), t, reduction='none').sum() / 24"), N),
     "logsumexp of differences": (Text(Z + STABLE + "return F.softplus(-m).mean()"), N),
     "labels written between two losses": (Text(Z3 + f"loss = F.cross_entropy(z[:, :-1].flatten(0, 1), y3[:, 1:].flatten(), ignore_index=3)\nt, z = y3[:, 1:].clone(), z[:, :-1]\nkeep = t != 3\nt[t == 3] = 0\nlogp = torch.gather(z, -1, t[..., None]).squeeze(-1) - {ROWS}\nreturn loss - (logp * keep).sum(-1).mean()"), N - 4),
+}  # fmt: skip
+NOT_YET: dict[str, tuple[Text, int]] = {
+    "slice divided in place": (Text(Z3 + "z = z[:, :-1, :]\nz.div_(0.9)\nreturn (z.logsumexp(-1) - z.gather(-1, y3[:, 1:].unsqueeze(-1)).squeeze(-1)).mean()"), N - 4),
+    "slices divided in place": (Text(Z3 + f"z = z[:, :-1, :]\nz = z[:, -4:, :]\nz = z.div_(0.7)\nreturn (z.gather(-1, y3[:, 2:, None]).squeeze(-1) - {ROWS}).mean()"), N - 8),
 }  # fmt: skip
 
 
@@ -104,7 +104,9 @@ def test_right(name):
         assert verdict.kind in ("right", "as torch"), f"{verdict}\n{text}"
 
 
-not_yet = pytest.mark.xfail(strict=True, reason="refused by the recognition of torch-level graphs")
+not_yet = pytest.mark.xfail(
+    strict=True, reason="rows that are changed in place through a slice of the logits are others than those"
+)
 
 
 @pytest.mark.parametrize("name", [*REACHED, *(pytest.param(n, marks=not_yet) for n in NOT_YET)])
@@ -126,7 +128,7 @@ def test_other_lengths_are_right():
     assert not (verdict := judge(_gathered, LENGTHS[0], more=LENGTHS[1:])).failed, verdict
 
 
-@not_yet
+@pytest.mark.xfail(strict=True, reason="nothing guards that labels and logits have the same length")
 def test_other_lengths_are_rewritten():
     check_reached(_gathered, LENGTHS, 4 * T * V)
 
@@ -149,7 +151,6 @@ def test_rows_of_a_mask_are_right(unbacked):
     assert not (verdict := judge(_masked, MASKED)).failed, verdict
 
 
-@not_yet
 def test_rows_of_a_mask_are_rewritten(unbacked):
     check_reached(_masked, [MASKED], int(MASKED[-1].sum()) * V)
 
@@ -166,7 +167,6 @@ def test_a_checkpointed_head_is_right():
     assert not (verdict := judge(_checkpointed, CHECKPOINTED)).failed, verdict
 
 
-@not_yet
 def test_a_checkpointed_head_is_rewritten():
     check_reached(_checkpointed, [CHECKPOINTED], N * V)
 
@@ -211,7 +211,7 @@ def _kept(package: bool) -> int:
     return sum(kept.values())
 
 
-@not_yet
+@pytest.mark.xfail(strict=True, reason="heads of one weight do not add into one gradient yet")
 def test_chunks_keep_no_more_than_without():
     """A head of each chunk kept a gradient of the weight of its own."""
     assert _kept(True) <= 1.2 * _kept(False)

@@ -497,7 +497,6 @@ def test_reads_of_deferred_logits(caplog):
     assert len(said) == 1 and "returned_logits='keep'" in said[0]
 
 
-@pytest.mark.xfail(strict=True, reason="deferral of returned logits is not in the joint stage yet")
 def test_reads_of_logits_that_a_compiled_function_returns(installed):
     @torch.compile
     def model(x, y):
