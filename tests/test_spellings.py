@@ -107,7 +107,6 @@ LOSSES: dict[str, Fn] = {
     "two class weights": lambda z, y, c: F.cross_entropy(z, y, c, label_smoothing=0.1) + F.cross_entropy(z, y, c * 2),
     "mask": lambda z, y, c: (F.cross_entropy(z, y, reduction="none") * (y > 3)).sum() / (y > 3).sum(),
     "bool index of the loss": lambda z, y, c: F.cross_entropy(z, y, reduction="none").mul(c.sum()).mean(),
-    "one row": lambda z, y, c: F.cross_entropy(z[0], y[0]),
 }
 
 
