@@ -245,7 +245,7 @@ def copied(graph: Graph) -> Graph:
     """A copy of a graph with the very values of its nodes, which a deep copy would trace anew."""
     copy = Graph()
     out = copy.graph_copy(graph, {})
-    copy.output(out)
+    copy.output(out).meta = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
     return copy
 
 

@@ -95,18 +95,13 @@ FUNCTORCH: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTORCH)
-def test_functorch_falls_back(name, installed):
+def test_functorch_inside_a_compiled_function(name, installed):
+    """Gradients taken in the forward are products of logits, which are held; what is a head behind it all is rewritten."""
     args = [t.detach() for t in head()]
     compiled = Compiled(FUNCTORCH[name])
     torch.testing.assert_close(compiled(*args), FUNCTORCH[name](*args))
-    assert not compiled.counts["rewritten"]
-
-
-@pytest.mark.parametrize("name", FUNCTORCH)
-def test_functorch_is_refused_with_a_code(name, installed):
-    compiled = Compiled(FUNCTORCH[name])
-    compiled(*(t.detach() for t in head()))
-    assert compiled.refusals and set(compiled.refusals) <= {"layout", "no-loss"}
+    assert compiled.counts["rewritten"] == {"vmap": 1, "jvp": 3}.get(name, 0)
+    assert "internal-error" not in compiled.refusals
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "hessian", "jacrev of grad"])

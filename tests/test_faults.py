@@ -150,6 +150,7 @@ def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], 
     """Run a stage again and again on copies of a graph, with an exception at the first two and the last call of each of
     its functions and at about `most` calls between. After each the copy has to be what it was. Returns how many."""
     before, calls = anatomy(graph), Calls(*folders)
+    run(copied(graph))  # what is cached is not called again
     with calls.armed():
         run(copied(graph))
     for at in calls.chosen(most):
@@ -158,7 +159,7 @@ def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], 
             with fault.armed():
                 run(copy)
         except Injected:
-            assert anatomy(copy) == before
+            assert anatomy(copy) == before, calls.names[at]
             copy.lint()
         else:
             raise AssertionError(f"the stage went on after {calls.names[at]}")
@@ -179,7 +180,8 @@ def test_an_exception_at_every_function_of_the_pass(fn, dynamic, monkeypatch):
 
     def run(self: Any, graph: Graph) -> None:
         try:
-            seen.append(inject(graph, lambda g: real(self, g), PACKAGE, 20))
+            with mock.patch.object(passes.report, "records_of", lambda *args: []):  # after it was done: see below
+                seen.append(inject(graph, lambda g: real(self, g), PACKAGE, 20))
         except AssertionError as error:  # which the pass would turn into a warning
             seen.append(error)
         counters.clear()
@@ -199,6 +201,7 @@ def test_an_exception_at_every_function_of_the_pass(fn, dynamic, monkeypatch):
     torch.testing.assert_close([loss, args[0].grad, args[1].grad], [reference, expected[0].grad, expected[1].grad])
     assert compiled.counts["rewritten"] and not compiled.refusals
     (faults,) = seen
+    assert isinstance(faults, int), faults
     assert faults > 150
 
 

@@ -160,7 +160,7 @@ def test_one_class(loss, device):
     fn = with_bias(LOSSES[loss])
     args = (x, w, b, y.clamp(max=0))
     found = step(compiled(fn), args)
-    assert counters["lce_inductor"]["rewritten"] == 1
+    assert not counters["lce_inductor"]  # a column of numbers is no logits
     torch.testing.assert_close(found, step(fn, args), rtol=1e-5, atol=1e-6)
 
 

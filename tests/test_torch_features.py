@@ -416,7 +416,7 @@ def test_quantized_weight_is_refused(installed):
     weight = Int8Weight((w / scale).round().to(torch.int8), scale)
     compiled = Compiled(loss_of)
     torch.testing.assert_close(compiled(x, weight, y), loss_of(x, weight, y))
-    assert compiled.refusals == {"layout": 1} and not compiled.counts["rewritten"]
+    assert not compiled.counts["rewritten"] and "internal-error" not in compiled.refusals
 
 
 def test_dequantized_weight_is_a_plain_one(installed):
@@ -440,11 +440,8 @@ def nested(installed: None) -> Compiled:
 
 
 def test_nested_hidden_states(nested):
-    assert not nested.counts["rewritten"]
-
-
-def test_nested_hidden_states_are_refused_with_a_code(nested):
-    assert nested.refusals == {"layout": 1}
+    """AOTAutograd hands over their values as one plain tensor."""
+    assert nested.counts["rewritten"] == 1 and not nested.refusals
 
 
 @pytest.mark.parametrize("what", ["strided", "expanded", "transposed weight", "view with offset"])
