@@ -20,6 +20,11 @@ aten = torch.ops.aten
 
 # How far back the making of an input is looked at, to find values of the size of the logits in it.
 _FAR = 64
+_VIEWS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.slice.Tensor, aten.select.int,
+)  # fmt: skip
 _DROPPED = ("memory_format", "layout", "pin_memory", "device", "non_blocking", "requires_grad")
 
 
@@ -183,6 +188,9 @@ class Emitter:
             return self._input("whole", node, tags, home)
         if self._reaches_wide(node, tags, home, _FAR):
             return self._computed(node, tags, home)
+        if self._is_wide(node, tags, home) and not _is_given(node):
+            self._operands(node, tags)  # says why it can't be computed row by row
+            raise Crossing("values of the size of the logits would have to exist")
         return self._input("rows", node, tags, home)
 
     def _reaches_wide(self, node: Node, tags: str, home: Space, far: int) -> bool:
@@ -465,6 +473,13 @@ class Emitter:
     def _index_of(self, ref: Ref) -> int:
         """Which of the tensors of its kind an input is."""
         return self.kinds[: ref.index].count(self.kinds[ref.index])
+
+
+def _is_given(node: Node) -> bool:
+    """Is this an input of the graph, however viewed? Torch.compile alone need not hold what the graph computes."""
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op != "call_function"
 
 
 def tags_of_broadcast(node: Node, here: str, dims: list[int | None], tags: str) -> str:
