@@ -305,3 +305,29 @@ class Calls(Fault):
             places.setdefault(name, []).append(at)
         found = {at for each in places.values() for at in (*each[:2], each[-1])}
         return sorted(found | set(range(0, len(self.names), max(len(self.names) // most, 1))))
+
+
+def anatomy(graph: Graph) -> list[Any]:
+    """A graph without the names of its nodes, which a restored graph has new ones of."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    return [(n.op, n.target, *torch.fx.map_arg((n.args, n.kwargs), lambda a: index[a]), sorted(n.meta)) for n in index]
+
+
+def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], most: int) -> int:
+    """Run a stage again and again on copies of a graph, with an exception at the first two and the last call of each of
+    its functions and at about `most` calls between. After each the copy has to be what it was. Returns how many."""
+    before, calls = anatomy(graph), Calls(*folders)
+    run(copied(graph))  # what is cached is not called again
+    with calls.armed():
+        run(copied(graph))
+    for at in calls.chosen(most):
+        fault, copy = Fault(at, *folders), copied(graph)
+        try:
+            with fault.armed():
+                run(copy)
+        except Injected:
+            assert anatomy(copy) == before, calls.names[at]
+            copy.lint()
+        else:
+            raise AssertionError(f"the stage went on after {calls.names[at]}")
+    return len(calls.chosen(most))

@@ -25,12 +25,12 @@ from fault_cases import (
     NEVER_ASKED,
     WHOLE,
     WHOLE_TOO,
-    Calls,
     Fault,
     Injected,
+    anatomy,
     by_row,
-    capped,
     copied,
+    inject,
     of_rule,
     several_losses,
     two_heads,
@@ -137,33 +137,7 @@ def test_a_compile_with_a_broken_rule(rule, monkeypatch, caplog):
     assert compiled.counts == {"refused:internal-error": 1} and len(warnings_of(caplog)) == 1
 
 
-def anatomy(graph: Graph) -> list[Any]:
-    """A graph without the names of its nodes, which a restored graph has new ones of."""
-    index = {node: i for i, node in enumerate(graph.nodes)}
-    return [(n.op, n.target, *torch.fx.map_arg((n.args, n.kwargs), lambda a: index[a]), sorted(n.meta)) for n in index]
-
-
 PACKAGE = ("regions", "schedule", "graph", "ops/epilogue.py", "ops/chunking.py", "reasons.py", "passes.py")
-
-
-def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], most: int) -> int:
-    """Run a stage again and again on copies of a graph, with an exception at the first two and the last call of each of
-    its functions and at about `most` calls between. After each the copy has to be what it was. Returns how many."""
-    before, calls = anatomy(graph), Calls(*folders)
-    run(copied(graph))  # what is cached is not called again
-    with calls.armed():
-        run(copied(graph))
-    for at in calls.chosen(most):
-        fault, copy = Fault(at, *folders), copied(graph)
-        try:
-            with fault.armed():
-                run(copy)
-        except Injected:
-            assert anatomy(copy) == before, calls.names[at]
-            copy.lint()
-        else:
-            raise AssertionError(f"the stage went on after {calls.names[at]}")
-    return len(calls.chosen(most))
 
 
 @pytest.mark.parametrize("fn", WHOLE)
@@ -222,12 +196,12 @@ def test_an_exception_in_the_report(monkeypatch, caplog, installed):
 
 @pytest.mark.parametrize("stage, at", [("regions", 5), ("regions", 1100), ("graph", 40), ("schedule", 40)])
 def test_an_interrupt_propagates_and_the_next_compile_works(stage, at, installed):
-    compiled = Compiled(capped)
+    compiled = Compiled(several_losses)
     fault = Fault(at, stage, error=KeyboardInterrupt)
     with fault.armed(), pytest.raises(KeyboardInterrupt):
         compiled(*fresh(head()))
     assert fault.raised
-    torch.testing.assert_close(results(compiled, fresh(head())), results(capped, fresh(head())))
+    torch.testing.assert_close(results(compiled, fresh(head())), results(several_losses, fresh(head())))
     assert compiled.gradients[-1] == "forward" and not compiled.refusals
 
 
