@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.write import Writer
 from ..ops.epilogue import unparse
-from ..ops.types import stat_dtype
+from ..ops.types import NO_TARGET, stat_dtype
 from .algebra import Poly
 from .heads import Head
 from .labels import Labels
@@ -79,6 +79,8 @@ class _Stats:
                 c if c.meta["val"].dtype == torch.int64 else call(prims.convert_element_type.default, c, torch.int64)
                 for c in self.columns.values()
             ]
+            # A label that happens to be NO_TARGET (NaN.long() is) has to stay out of bounds.
+            wide = [call(aten.clamp_min.default, c, NO_TARGET + 1) for c in wide]
             target = call(aten.stack.default, wide, 1) if len(wide) > 1 else call(aten.unsqueeze.default, wide[0], 1)
         self.class_weight = None if match.class_weight is None else self._vector(match.class_weight)
         self.head = (x, weight, bias, target, self.class_weight)
