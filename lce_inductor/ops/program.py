@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,26 @@ def _dtype(name: Any) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"unknown dtype {name!r}")
     return found
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """The values that an argument refers to."""
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, (Rows, Sym)):
+        return []
+    return [r for v in value for r in refs_in(v)] if isinstance(value, (list, tuple)) else []
+
+
+def mapped(value: Any, change: Callable[[Ref], Ref]) -> Any:
+    """An argument with what it refers to changed."""
+    if isinstance(value, Ref):
+        return change(value)
+    if isinstance(value, (Rows, Sym)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(mapped(v, change) for v in value)
+    return value
 
 
 def name_of(target: Any) -> str:

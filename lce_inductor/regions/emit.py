@@ -10,11 +10,23 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
-from ..ops.program import Program, Ref, Result, Rows, Step, Sym, name_of
+from ..ops.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
 from .facts import Crossing, bound, fact, moved_dims, operand_tags
 from .labels import Labels
 from .spaces import Space, reached
-from .tags import LOCAL, ONE, ROW, aligned, is_one, local_sizes, position, shape_of, size, through_view
+from .tags import (
+    LOCAL,
+    ONE,
+    ROW,
+    aligned,
+    is_one,
+    local_sizes,
+    position,
+    shape_of,
+    size,
+    tags_of_broadcast,
+    through_view,
+)
 
 aten = torch.ops.aten
 
@@ -116,7 +128,7 @@ class Emitter:
             if ref.index < 0 and ref.index not in needed:
                 needed.add(ref.index)
                 _, args, kwargs = self.steps[-ref.index - 1]
-                todo += _refs((args, tuple(kwargs.values())))
+                todo += refs_in((args, tuple(kwargs.values())))
         kept = sorted(-i - 1 for i in needed)
         place = {-k - 1: count + i for i, k in enumerate(kept)}
 
@@ -127,7 +139,7 @@ class Emitter:
         for k in kept:
             op, args, kwargs = self.steps[k]
             name = "getitem" if op is operator.getitem else name_of(op)
-            steps.append(Step(name, _map(args, final), {a: _map(v, final) for a, v in kwargs.items()}))
+            steps.append(Step(name, mapped(args, final), {a: mapped(v, final) for a, v in kwargs.items()}))
         return Program(tuple(self.kinds), tuple(steps), tuple(r._replace(value=final(r.value)) for r in self.results))
 
     # -- values
@@ -267,7 +279,7 @@ class Emitter:
             if apart and node.target in (aten.add.Tensor, aten.sub.Tensor) and self._native(arg):
                 refs.append(None)  # the gradient of all rows is not that of these
             elif 0 < here.count(ROW) < tags.count(ROW):  # values of some of the row dimensions, broadcast to the others
-                wanted[i] = (arg, tags_of_broadcast(node, here, found.operands[i][1], tags))
+                wanted[i] = (arg, tags_of_broadcast(here, found.operands[i][1], tags))
                 refs.append(self._broadcast(node, arg, found, i, tags, wanted[i][1], home))
             else:
                 refs.append(self.value(arg, here, self._home(arg, home)))
@@ -480,30 +492,3 @@ def _is_given(node: Node) -> bool:
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node.op != "call_function"
-
-
-def tags_of_broadcast(node: Node, here: str, dims: list[int | None], tags: str) -> str:
-    """Tags of an operand that is broadcast to all dimensions of rows first."""
-    out = [ROW if t == ROW else ONE for t in tags]
-    for d, k in enumerate(dims):
-        if k is not None and here[d] == LOCAL:
-            out[k] = LOCAL
-    return "".join(out)
-
-
-def _refs(value: Any) -> list[Ref]:
-    if isinstance(value, Ref):
-        return [value]
-    if isinstance(value, (Rows, Sym)):
-        return []
-    return [r for v in value for r in _refs(v)] if isinstance(value, (list, tuple)) else []
-
-
-def _map(value: Any, change: Callable[[Ref], Ref]) -> Any:
-    if isinstance(value, Ref):
-        return change(value)
-    if isinstance(value, (Rows, Sym)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_map(v, change) for v in value)
-    return value

@@ -63,7 +63,14 @@ def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
             feeds.add(node)
         elif node.op == "call_function" and node.target in PRODUCTS and users and _is_head(node):
             found.append(node)
-    return found[::-1]
+    return [n for n in found[::-1] if not _is_weight(n, found)]
+
+
+def _is_weight(node: Node, others: list[Node]) -> bool:
+    """Has this the shape of another head's weight? The product of an adapter's factors is no head."""
+    shape = shape_of(node)
+    weights = [shape_of(factors(n)[1]) or () for n in others if n is not node]
+    return any(len(w) == 2 and shape in (w, w[::-1]) for w in weights)
 
 
 def is_product(node: Node) -> bool:

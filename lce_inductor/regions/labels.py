@@ -298,6 +298,8 @@ class Labels:
             label = self.of[first]
             made = forward_move(node, label.tags)
             if made is not None:
+                if not self.wide(first) and _by_mask(made[1]):
+                    raise Crossing("values of rows are selected by a mask: how many there are is not known before")
                 self.passes[node] = [first]
                 return self._moved(node, label, *made)
         return self._scattered(node, args)
@@ -444,6 +446,13 @@ _LINEAR = {
     aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.sum.dim_IntList, aten.mean.dim, aten.slice.Tensor,
     aten.select.int,
 }  # fmt: skip
+
+
+def _by_mask(args: tuple[Any, ...]) -> bool:
+    """Is this an index by a mask?"""
+    found: list[Node] = []
+    torch.fx.map_arg(args, found.append)
+    return any(isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype == torch.bool for n in found)
 
 
 def keeps_zeros(node: Node, arg: Node) -> bool:

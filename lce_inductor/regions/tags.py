@@ -98,3 +98,12 @@ def local_sizes(tags: str, sizes: tuple[Size, ...]) -> list[Size]:
 def aligned(tags: str, rank: int) -> str:
     """Tags of an operand that is broadcast to more dimensions."""
     return ONE * (rank - len(tags)) + tags
+
+
+def tags_of_broadcast(here: str, dims: list[int | None], tags: str) -> str:
+    """Tags of an operand that is broadcast to all dimensions of rows first."""
+    out = [ROW if t == ROW else ONE for t in tags]
+    for d, k in enumerate(dims):
+        if k is not None and here[d] == LOCAL:
+            out[k] = LOCAL
+    return "".join(out)

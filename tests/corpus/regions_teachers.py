@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import case
+from . import codes
+from .registry import Refuse, case
 
 BF16 = torch.bfloat16
 
@@ -42,7 +43,7 @@ def reverse_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Ten
     return (loss * mask).sum() / mask.sum()
 
 
-@case("teacher/jensen-shannon", heads=2)
+@case("teacher/jensen-shannon", Refuse(codes.CROSSING), heads=2)
 def jensen_shannon(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor) -> Tensor:
     found = F.linear(h, weight).log_softmax(-1)
     wanted = F.linear(teacher_h, teacher_weight).log_softmax(-1)
