@@ -5,6 +5,8 @@ PRODUCT = "product"  # a matrix product of the forward reads logits that a loss 
 RANDOM = "random"  # dropout or noise on the logits
 RETURNED = "returned"  # the logits, or a value for each class, leave the graph
 ROWS_DIFFER = "rows-differ"  # labels that may have another number of rows
+RETURNED_UNREAD = "returned-loss-free"  # the logits are returned, and no loss of this graph reads them
+FOREIGN = "foreign-product"  # no matrix of logits with rows: the product of one row
 NO_LOSS = "no-loss"  # nothing reduces the logits
 TOO_SMALL = "too-small"  # below min_logits_bytes
 

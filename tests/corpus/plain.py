@@ -352,7 +352,7 @@ def one_sequence(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h[0], weight), labels[0])
 
 
-@case("plain/one-dimensional-logits", Refuse(codes.UNSEEN), note="one row of logits is no larger than what holds it")
+@case("plain/one-dimensional-logits", Refuse(codes.FOREIGN), note="one row of logits is no larger than what holds it")
 def one_dimensional(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # A single token: the logits have no batch dimension at all.
     return F.cross_entropy(F.linear(x[3], weight), targets.view(-1)[3])
@@ -366,12 +366,12 @@ def below_threshold(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), labels.view(-1))
 
 
-@case("plain/no-loss-in-graph", Refuse(codes.RETURNED))
+@case("plain/no-loss-in-graph", Refuse(codes.RETURNED_UNREAD))
 def no_loss(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-@case("plain/graph-break-before-loss", Refuse(codes.RETURNED), fullgraph=False)
+@case("plain/graph-break-before-loss", Refuse(codes.RETURNED_UNREAD), fullgraph=False)
 def graph_break(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(x, weight)
     torch._dynamo.graph_break()

@@ -182,12 +182,12 @@ def two_heads(h: Tensor, weight: Tensor, weight2: Tensor, targets: Tensor, targe
     return ce(first, targets) + ce(second, targets2), first, second
 
 
-@case("returned/no-loss-last-position", Refuse(codes.RETURNED))
+@case("returned/no-loss-last-position", Refuse(codes.RETURNED_UNREAD))
 def generation(h: Tensor, weight: Tensor) -> Tensor:
     return F.linear(h[:, [-1], :], weight)
 
 
-@case("returned/no-loss-in-dictionary", Refuse(codes.RETURNED))
+@case("returned/no-loss-in-dictionary", Refuse(codes.RETURNED_UNREAD))
 def inference(h: Tensor, weight: Tensor) -> dict[str, Tensor]:
     return {"logits": F.linear(h, weight).float()}
 

@@ -135,7 +135,7 @@ def mask_on_logits(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> 
     return F.cross_entropy(F.linear(h, weight)[mask], targets[mask])
 
 
-@case("rows/mask-on-logits-graph-break", Refuse(codes.RETURNED), fullgraph=False)
+@case("rows/mask-on-logits-graph-break", Refuse(codes.RETURNED_UNREAD), fullgraph=False)
 def mask_graph_break(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, weight)[mask], targets[mask])
 
@@ -179,7 +179,7 @@ def movedim(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.movedim(-1, 1), labels.view(b, 2, t // 2))
 
 
-@case("rows/permute-there-and-back")
+@case("rows/permute-there-and-back", Refuse(codes.CROSSING), note="rows put in an order and back in two steps")
 def permute_twice(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(h, weight).permute(1, 0, 2).contiguous().transpose(0, 1)
     return F.cross_entropy(logits.reshape(-1, logits.size(-1)), labels.reshape(-1))
