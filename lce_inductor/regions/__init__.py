@@ -30,7 +30,7 @@ from .losses import Loss, gets_gradient, is_product_by_shape, like, looks_like_l
 from .losses import losses as find_losses
 from .match import fused_calls
 from .region import Found, Region, find
-from .tags import is_one
+from .tags import is_one, size
 from .write import write
 from .write_fused import write_fused
 
@@ -179,8 +179,8 @@ def _stray(loss: Loss, labels: Labels) -> Stray:
     value = loss.logits.meta["val"]
     count = numel_hint(value.shape)
     tokens = count // max(size_hint(loss.classes), 1)
-    shape = list(value.shape)
-    shape.remove(loss.classes)
+    shape = [size(s) for s in value.shape]  # compared as expressions, so that no guard comes of it
+    shape.remove(size(loss.classes))
     text = "*".join(str(s) for s in shape if not is_one(s)) or str(tokens)
     made = next((n for n in loss.origins if is_product(n) or is_product_by_shape(n)), None)
     product = ""

@@ -62,7 +62,10 @@ def run(program: Program, inputs: list[Tensor], sizes: list[int]) -> list[Tensor
 
 def _compare(value: Tensor, ours: Tensor) -> None:
     theirs = value.to(torch.float64)
-    ours = ours.to(torch.float64).reshape(theirs.shape) if ours.numel() == theirs.numel() else ours.expand_as(theirs)
+    ours = ours.to(torch.float64)
+    if ours.numel() not in (1, theirs.numel()):
+        raise NotFused("values of another shape")
+    ours = ours.reshape(theirs.shape) if ours.numel() == theirs.numel() else ours.expand_as(theirs)
     scale = max(theirs.abs().max().item(), 1e-3) if theirs.numel() else 1.0
     error = (theirs - ours).abs().max().item() if theirs.numel() else 0.0
     if not error <= _TOLERANCE * scale:

@@ -84,8 +84,6 @@ def is_product(node: Node) -> bool:
 def _is_head(node: Node) -> bool:
     """Rows and classes: two dimensions of more than one."""
     shape = shape_of(node)
-    if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")):
-        return False  # scaled: Head.of() can't tell its operands
     if shape is None or not node.meta["val"].dtype.is_floating_point:
         return False
     several = [s for s in shape if not is_one(s)]

@@ -111,7 +111,10 @@ def _call(
         x_moved = moved(writer, two(writer, now(x)), labels.of[node].space, space, list((shape_of(x) or ())[-1:]))
         xs.append(x_moved)
         weights.append(two(writer, now(weight)))
-        biases.append(bias if bias is None else now(bias))
+        if bias is not None:  # of one element, or [1, V]: [V]
+            flat = writer.call(aten.reshape.default, now(bias), [-1])
+            bias = writer.call(aten.expand.default, flat, [node.meta["val"].shape[-1]])
+        biases.append(bias)
     given = [
         _naming_inputs(writer, labels, what, forward, values, rows(writer, what, space, now))
         for what in emitter.given["rows"]
