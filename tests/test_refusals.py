@@ -185,7 +185,17 @@ EITHER: dict[str, dict[str, Fn]] = {
 }  # fmt: skip
 
 # Codes that no function of plain tensors on one device can show; each has a test of its own below.
-ELSEWHERE = {"random", "no-loss", "internal-error", "lora", "no-shapes", "layout", "dtype"}
+ELSEWHERE = {
+    "foreign-product",
+    "compiled-before",
+    "random",
+    "no-loss",
+    "internal-error",
+    "lora",
+    "no-shapes",
+    "layout",
+    "dtype",
+}
 ELSEWHERE |= {
     "ahead-of-time",
     "no-head",
@@ -239,17 +249,13 @@ def test_never_wrong(code, name):
 
 
 def test_random_numbers_of_the_size_of_the_logits():
-    """Where they are drawn from the logits; drawn beside them they are numbers like others."""
+    """Drawn from the logits, or drawn beside them: they would have to exist as a whole."""
     x, w, _y = head()
     noisy = lambda x, w: (lambda z: (z + torch.rand_like(z)).logsumexp(-1).sum())(F.linear(x, w))
     assert rewrite(joint_graph(noisy, x, w, decompose=False)) == ["random"]
     traced = joint_graph(noisy, x, w)
-    torch.manual_seed(3)
-    before = traced.run()
-    assert rewrite(traced) == ["rewritten"]
-    torch.manual_seed(3)
-    for f, e in zip(traced.run(), before, strict=True):
-        torch.testing.assert_close(f, e)
+    before = str(traced.graph)
+    assert set(rewrite(traced)) <= {"random", "escape", "crossing"} and str(traced.graph) == before
 
 
 def test_an_adapter_on_the_head():
@@ -303,10 +309,10 @@ def test_inputs_that_are_no_dense_floats(what, installed):
     [
         "lce_inductor.regions.find",
         "lce_inductor.regions.write_fused",
-        "lce_inductor.regions.finish",
+        "lce_inductor.regions.sort",
         "lce_inductor.schedule.rewrite.merge",
-        "lce_inductor.schedule.rewrite.finish",
-        "lce_inductor.passes.schedule",
+        "lce_inductor.schedule.rewrite.merge",
+        "lce_inductor.passes.move",
     ],
 )
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -32,7 +32,10 @@ def check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
     classes: V, by hint.
     """
     with _disable_current_modes():  # the pass runs under a fake mode
-        return _check(match, slopes, classes)
+        try:
+            return _check(match, slopes, classes)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:  # an index of something else than classes
+            raise NotFused(f"the region can't be run on numbers: {error}") from error
 
 
 def _check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
