@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import codes
 from .inputs import Dims
-from .registry import Refuse, case
+from .registry import Refuse, Rewrite, case
 
 BF16 = torch.bfloat16
 SHIFTED = 22  # rows that a shift leaves of 2 x 12
@@ -179,7 +179,12 @@ def movedim(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.movedim(-1, 1), labels.view(b, 2, t // 2))
 
 
-@case("rows/permute-there-and-back", Refuse(codes.CROSSING), note="rows put in an order and back in two steps")
+@case(
+    "rows/permute-there-and-back",
+    Refuse(codes.CROSSING),
+    no_grad=Rewrite(),
+    note="rows put in an order and back in two steps",
+)
 def permute_twice(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(h, weight).permute(1, 0, 2).contiguous().transpose(0, 1)
     return F.cross_entropy(logits.reshape(-1, logits.size(-1)), labels.reshape(-1))
