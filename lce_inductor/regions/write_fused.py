@@ -29,6 +29,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 ops = torch.ops.lce_inductor
 
+_ONE_OR_ZERO = (Poly.number(1.0).key(), Poly({}).key())
 _PLACES = {"lse": 0, "target": 1, "sum": 2, "neg_entropy": 3, "max": 4, "argmax": 5}
 
 
@@ -128,9 +129,16 @@ class _Stats:
         call, out = self.writer.call, None
         for monomial, c in sorted(p.terms.items(), key=lambda t: -t[1]):
             term: Any = None
+            masks = [a for a in monomial if a[:2] == ("call", "where") and a[3:] == _ONE_OR_ZERO]
             for atom in monomial:
+                if atom in masks:  # selected at last: a factor of zero makes NaN of an infinity
+                    continue
                 value = self.atom(atom)
                 term = value if term is None else call(aten.mul.Tensor, term, value)
+            if masks:
+                term = self._selected(masks, term, c)
+                out = term if out is None else call(aten.add.Tensor, term, out)
+                continue
             if term is None:
                 term = c
             elif out is not None and c == -1:
@@ -150,6 +158,19 @@ class _Stats:
         if not p_has_rows(p):
             out = call(aten.expand.default, call(aten.reshape.default, out, [1]), [self.space.find().count])
         return out
+
+    def _selected(self, masks: list[Any], term: Any, c: float) -> Node:
+        """c * term where all conditions hold, else zero."""
+        call = self.writer.call
+        if term is None:
+            term = self.poly(Poly.number(c))
+        elif c != 1:
+            term = call(aten.mul.Tensor, term, c)
+        for mask in masks:
+            value = term.meta["val"]
+            zero = call(aten.full.default, [], 0, dtype=value.dtype, device=value.device)
+            term = call(aten.where.self, call(aten.ne.Scalar, self.poly(Poly(dict(mask[2]))), 0), term, zero)
+        return term
 
     def atom(self, atom: Any) -> Node:
         if atom not in self._of:
