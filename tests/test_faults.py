@@ -154,7 +154,7 @@ def test_an_exception_at_every_function_of_the_pass(fn, dynamic, monkeypatch):
 
     def run(self: Any, graph: Graph) -> None:
         try:
-            with mock.patch.object(passes.report, "records_of", lambda *args: []):  # after it was done: see below
+            with mock.patch.object(passes.records, "records_of", lambda *args: []):  # after it was done: see below
                 seen.append(inject(graph, lambda g: real(self, g), PACKAGE, 20))
         except AssertionError as error:  # which the pass would turn into a warning
             seen.append(error)
@@ -185,7 +185,7 @@ def test_an_exception_in_the_report(monkeypatch, caplog, installed):
     def broken(*args: Any) -> Any:
         raise Injected("nothing to say")
 
-    monkeypatch.setattr(passes.report, "records_of", broken)
+    monkeypatch.setattr(passes.records, "records_of", broken)
     fn = of_rule("cross_entropy")
     torch.testing.assert_close(results(Compiled(fn), fresh(head())), results(fn, fresh(head())))
     assert len(warnings_of(caplog)) == 1

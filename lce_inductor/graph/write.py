@@ -21,13 +21,15 @@ class Writer:
         self.graph, self.point, self.like, self.avoid = graph, point, like, avoid or set()
         self.new: list[Node] = []
         self._sizes: dict[Any, Node] = {}
+        # What is made of numbers alone is fake, too: in the mode of the graph's own values.
+        self._known = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)), None)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         args, kwargs = self._sized(args), self._sized(kwargs)
         with self.graph.inserting_before(self.point):
             node = self.graph.call_function(target, args, kwargs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with fake_mode(values):
+        with fake_mode((values, self._known)):
             node.meta["val"] = target(*values[0], **values[1])
         if self.like is not None:
             keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
