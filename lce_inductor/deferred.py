@@ -34,6 +34,11 @@ from .history import deferred_read
 from .ops.epilogue import apply, parse
 from .unchanged import Steps, same, seal, traced
 
+# Between graph breaks torch.compile looks at every function that runs. What it does here when logits are read is not the
+# user's code, and Dynamo would trace half of it with real tensors where it expects its own.
+for _module in (__name__, answer.__module__):
+    torch._dynamo.trace_rules.add(_module)
+
 _START = "these logits were returned by lce_inductor without being computed"
 _REMEDY = 'or keep real logits with lce_inductor.install(returned_logits="keep")'
 
@@ -147,8 +152,9 @@ class DeferredLogits(Tensor):
             unchanged = _version(self.inner, name) == version and self._steps[name].none()
             before = self.inner.get(f"{name}_seal")
             if unchanged and values and before is not None:
+                owner = self.inner.get("x_owner", self.inner["x"])  # these may be some of its rows
                 with _disable_current_modes():  # Dynamo takes the real logits apart under a fake mode
-                    unchanged = same(self.inner[name], before)
+                    unchanged = same(_rows(owner) if name == "x" else self.inner[name], before)
             if not unchanged:
                 raise RuntimeError(
                     f"{_START}, and the {'hidden states' if name == 'x' else name} of their head changed since. Read "
@@ -163,6 +169,7 @@ class DeferredLogits(Tensor):
             inner["x"] = x
             if copied:
                 inner.pop("x_owner", None)
+                inner.pop("x_seal", None)
                 versions["x"], steps["x"] = _version(inner, "x"), Steps(x)
             else:  # below autograd a view has a version counter of its own, too
                 inner.setdefault("x_owner", self.inner["x"])
@@ -260,7 +267,11 @@ def _with_barrier(z: DeferredLogits) -> DeferredLogits:
         return _NoGradient.apply(z.requires_grad_())
 
 
-def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_after_cast=False):
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.dim() > 1 else x
+
+
+def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_after_cast=False, seal_x=False):
     parse(epilogue)
     given = {name: t for name, t in (("x", x), ("weight", weight), ("bias", bias)) if t is not None}
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
@@ -269,6 +280,8 @@ def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_afte
     inner["x"] = inner["x"].to(compute_dtype)
     owners = {f"{n}_owner": t._base.detach() for n, t in given.items() if t._is_view() and t.dtype == inner[n].dtype}
     seals = {f"{n}_seal": seal(t) for n, t in inner.items() if n != "x"}
+    if seal_x and x.dtype == compute_dtype:
+        seals["x_seal"] = seal(_rows(owners.get("x_owner", inner["x"])))
     spec = Spec(epilogue, epilogue_after_cast, compute_dtype, (dtype,), needs_grad)
     return _with_barrier(DeferredLogits(inner | owners | seals, spec))
 
@@ -276,15 +289,17 @@ def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_afte
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")
 _lib.define(
     "defer_logits(Tensor x, Tensor weight, Tensor? bias, str epilogue, ScalarType compute_dtype, ScalarType dtype, "
-    "bool epilogue_after_cast=False) -> Tensor"
+    "bool epilogue_after_cast=False, bool seal_x=False) -> Tensor"
 )
 _lib.impl("defer_logits", _defer_logits, "CompositeImplicitAutograd")
 
 defer_logits = torch.ops.lce_inductor.defer_logits.default
-"""(x [..., H], weight [V, H], bias [V] or None, epilogue, compute_dtype, dtype, epilogue_after_cast) -> DeferredLogits.
+"""(x [..., H], weight [V, H], bias [V] or None, epilogue, compute_dtype, dtype, epilogue_after_cast, seal_x) ->
+DeferredLogits.
 
 x, weight and bias are cast to compute_dtype, the linear layer is applied, then the epilogue (see ops/epilogue.py), then
-the cast to dtype; or with epilogue_after_cast the cast, then the epilogue in that dtype.
+the cast to dtype; or with epilogue_after_cast the cast, then the epilogue in that dtype. seal_x: others can see the
+memory of x, and may write to it in ways that torch does not count.
 """
 
 

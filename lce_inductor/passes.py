@@ -16,7 +16,7 @@ from . import records, regions, watch
 from .config import Config
 from .defer import defer_returned
 from .graph.backup import Backup
-from .graph.write import drop_dead, sort
+from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .schedule import move
 
@@ -107,5 +107,5 @@ class HeadsPass(_Pass):
             except Exception:
                 backup.restore()
                 raise
-            drop_dead(graph)
+            graph.eliminate_dead_code()  # there is no way back from it: the last step
         watch.saw(records.records_of(decision, self.config, set(graph.nodes)), self.config)

@@ -116,7 +116,7 @@ BY_RULE: dict[str, Loss] = {
             "erf": lambda z: z.erf(),
             "flip": lambda z: z.flip(-1) * z,
             "index": lambda z: z[:, torch.tensor([3, 4])],
-            "index_put": lambda z: torch.ops.aten.index_put.default(z, [None, torch.tensor([3, 4])], torch.zeros(())),
+            "index_put": lambda z: torch.ops.aten.index_put.default(z, [None, torch.tensor([3, 4])], z.new_zeros(())),
             "index of classes": lambda z: z.index_select(1, torch.tensor([3, 4])),
             "kthvalue": lambda z: z.kthvalue(3, -1).values,
             "median": lambda z: z.median(-1).values,

@@ -37,7 +37,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from traced import Traced, fake_mode, fresh, inference_graph, joint_graph, joint_of_make_fx, largest
 
 from lce_inductor import Config, regions
-from lce_inductor.graph.write import drop_dead
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.schedule import schedule as schedule_stage
 
@@ -149,7 +148,7 @@ def decided(gm: GraphModule | Traced, schedule: bool = True, **settings: Any) ->
             regions.apply(gm.graph, decision, config)
             if schedule:
                 schedule_stage(gm.graph, config)
-            drop_dead(gm.graph)
+            gm.graph.eliminate_dead_code()
     gm.recompile()
     return decision
 

@@ -227,7 +227,7 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     args = fresh(head())
     alive = [weakref.ref(t) for t in args]
     fault = Fault(
-        at, "ops/cpu.py", "ops/regions.py", "ops/epilogue.py", "ops/chunking.py", error=torch.OutOfMemoryError
+        at, "ops/cpu.py", "ops/regions.py", "ops/epilogue.py", "ops/chunking.py", "lower", error=torch.OutOfMemoryError
     )
     found = None
     try:

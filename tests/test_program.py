@@ -10,8 +10,8 @@ import torch
 from harness import decided, head, joint_graph
 from torch.nn import functional as F
 
+from lce_inductor.lower.values import evaluate
 from lce_inductor.ops.program import Program, Ref, Result, Rows, Step, Sym, name_of, parse, resolve
-from lce_inductor.ops.regions import run
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def test_what_a_program_can_not_hold():
         program(Step("aten.mul.Tensor", (Ref(0), 1j), {})).text()
 
 
-def test_run():
+def test_evaluate():
     """Rows of one chunk, sizes beside the text, several results."""
     p = Program(
         ("logits", "rows", "whole"),
@@ -120,7 +120,7 @@ def test_run():
         (Result("row", Ref(9), torch.float64, (Sym(0),)), Result("sum", Ref(5), torch.float64, (5,))),
     )
     z, r, c = torch.randn(4, 5).double(), torch.rand(4).double() + 1, torch.randn(5).double()
-    top, summed = run(parse(p.text()), [z, r, c], 4, [2], z.device)
+    top, summed = evaluate(parse(p.text()), [z, r, c], 4, [2])
     wanted = z / r[:, None] + c
     torch.testing.assert_close(top, wanted.topk(2, 1).values - 1)
     torch.testing.assert_close(summed, wanted)

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..config import Config, make_config
-from ..graph.write import drop_dead, sort
+from ..graph.write import sort
 from ..lower import compiled
 from ..ops import regions as _op  # noqa: F401  (defines the op; so does the next)
 from ..ops import schema as _ops  # noqa: F401
@@ -157,7 +157,7 @@ class RegionPass(CustomGraphPass):
             write(graph, found.labels, region, self.config)
         if found.regions:
             sort(graph)
-            drop_dead(graph)
+            graph.eliminate_dead_code()
         self.made += len(found.regions)
 
     def uuid(self) -> str:

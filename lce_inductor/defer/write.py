@@ -220,12 +220,24 @@ class Deferral:
             if not self.known.requires_grad:
                 parts = [self._detached(p, made) for p in parts]
             v = self.value
-            args = (*parts, v.epilogue, v.dtypes[0], v.dtypes[-1], v.after_cast)
+            args = (*parts, v.epilogue, v.dtypes[0], v.dtypes[-1], v.after_cast, self._is_seen())
             new = self._new(defer_logits, args, {}, made)
         self._check_values(made, mode)
         new.meta |= {k: v for k, v in self.node.meta.items() if k in ("example_value", "val", "tensor_meta")}
         output.replace_input_with(self.node, new)
         return new
+
+    def _is_seen(self) -> bool:
+        """Can who calls the graph see the memory of the hidden states: does it lie in an input, or in an output?"""
+        x = self.parts.x
+        while x not in self.joint.stands_for:
+            if x.target not in (*_CASTS, *_SAME, *_TURNS, *_VIEWS) or not isinstance(x.args[0], Node):
+                return False  # memory of its own
+            x = x.args[0]
+        (output,) = self.graph.find_nodes(op="output")
+        inputs = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr")]
+        leaf = self.joint.stands_for[x]
+        return any(same_memory(leaf, n) for n in (*inputs, *output.all_input_nodes))
 
     def _new(self, target: Any, args: Any, kwargs: Any, made: dict[Node, Any]) -> Node:
         node = self.graph.call_function(target, tuple(args), kwargs)

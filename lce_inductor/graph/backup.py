@@ -9,7 +9,7 @@ class Backup:
     """What a graph was, to go back to it when a rewrite fails half-way.
 
     Cheap, since it copies no node: a rewrite adds nodes, changes arguments and moves nodes, but erases none of those
-    that were there. What nobody reads any more goes last (see write.drop_dead), when nothing can fail any more.
+    that were there. Dead code is eliminated last, when nothing can fail any more.
     """
 
     def __init__(self, graph: Graph) -> None:

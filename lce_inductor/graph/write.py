@@ -135,8 +135,3 @@ def sort(graph: Graph) -> None:
     output = next(iter(graph.find_nodes(op="output")))
     if output is not last:  # the sort may leave nodes behind it that nothing reads
         last.append(output)
-
-
-def drop_dead(graph: Graph) -> None:
-    """Erase what nobody reads. The last step of a pass: there is no way back from it."""
-    graph.eliminate_dead_code()

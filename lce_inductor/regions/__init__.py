@@ -129,7 +129,7 @@ def decide(graph: Graph, config: Config) -> Decision:
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
     """Rewrite what was decided. An exception leaves the graph half-way: the caller can go back.
 
-    What nobody reads any more is still there: see graph/write.py.
+    What nobody reads any more is still there.
     """
     for region in decision.chosen:
         made, tier = _write(graph, decision.found.labels, region, config)
@@ -167,8 +167,9 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
     for loss in find_losses(labels.graph, labels.on_tangent):
         mine: list[Head | Stray] = [heads[n] for n in loss.origins if n in heads]
         for reader in mine or [strays.setdefault(loss.origins, _stray(loss, labels))]:
-            if source(loss.node) not in reader.losses:
-                reader.losses.append(source(loss.node))
+            line = source(loss.node) or ("" if reader.losses else records.NOWHERE)
+            if line and line not in reader.losses:
+                reader.losses.append(line)
     for node in heads:
         heads[node].trains = gets_gradient(node, labels.on_tangent)
         heads[node].returned = looks_like_logits(node, labels.on_tangent)

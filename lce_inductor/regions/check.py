@@ -14,7 +14,7 @@ from torch.fx import Graph
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph.values import size_hint
-from ..lower.values import call
+from ..lower.values import evaluate
 from ..ops.epilogue import apply, apply_with_slope
 from ..ops.program import Program, Step
 from .algebra import Poly
@@ -46,21 +46,13 @@ def _check(match: Match, slopes: tuple[Any, ...], classes: int) -> float:
     factor = _slope_factor(match.epilogue, slopes)
     for program, emitter, expected in match.programs:
         sizes = [hint(emitter.labels.graph, s) for s in emitter.sizes]
-        got = run(_in_double(program), numbers.inputs(program, emitter), sizes)
+        got = evaluate(_in_double(program), numbers.inputs(program, emitter), _ROWS, sizes)
         for value, want in zip(got, expected):
             if want is None:
                 continue
             ours = numbers.wide(want, factor) if isinstance(want, Wide) else numbers.row(want)
             _compare(value, ours)
     return factor
-
-
-def run(program: Program, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """The values of a program's results, one op after another."""
-    values: list[Any] = list(inputs)
-    for step in program.steps:
-        values.append(call(step, values, _ROWS, sizes, inputs[0].device))
-    return [values[r.value.index] for r in program.results]
 
 
 def _compare(value: Tensor, ours: Tensor) -> None:

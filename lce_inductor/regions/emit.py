@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..graph.values import size_hint
 from ..ops.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
-from .facts import Crossing, bound, fact, moved_dims, operand_tags
+from .facts import Crossing, bound, fact, filled_with, moved_dims, operand_tags
 from .labels import Labels
 from .spaces import Space, reached
 from .tags import (
@@ -286,7 +286,7 @@ class Emitter:
         if any(r is None for r in refs):
             return self._with_zeros(node, wanted, refs)
         if found.kind == "full":
-            return self._filled(node, tags, node.args[-1] if node.target is not aten.full.default else node.args[1])
+            return self._filled(node, tags, filled_with(node))
         if found.kind == "new":
             fill = bound(node).get("fill_value", 0) if node.target is aten.new_full.default else 0
             return self._filled(node, tags, fill)

@@ -334,9 +334,16 @@ def view(node: Node) -> Fact:
     return Fact([(node.args[0], [])], kind="view")  # type: ignore[list-item]
 
 
-@rule(aten.full.default, aten.scalar_tensor.default, aten.zeros.default, aten.ones.default)
+@rule(aten.full.default, aten.scalar_tensor.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
 def full(node: Node) -> Fact:
     return Fact([], kind="full")
+
+
+def filled_with(node: Node) -> Any:
+    """The number that a tensor of one number is made of. What nobody wrote may be any: zero."""
+    if node.target is aten.full.default:
+        return bound(node)["fill_value"]
+    return node.args[0] if node.target is aten.scalar_tensor.default else int(node.target is aten.ones.default)
 
 
 @rule(aten.new_empty_strided.default, aten.new_empty.default, aten.new_zeros.default, aten.new_full.default,

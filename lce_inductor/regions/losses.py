@@ -16,6 +16,7 @@ from ..graph.values import numel_hint, size_hint
 from .facts import bound
 from .heads import factors, is_product
 from .labels import PRODUCTS
+from .tags import is_one
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -65,7 +66,7 @@ def losses(graph: Graph, on_tangent: set[Node]) -> list[Loss]:
         if node.op != "call_function" or node in on_tangent:
             continue
         read = _softmax_of(node, on_tangent)
-        if read is not None and _is_loss(node, read[0], on_tangent):
+        if read is not None and not is_one(read[1]) and _is_loss(node, read[0], on_tangent):
             found.append(Loss(node, *read, origins(read[0])))
     return found
 

@@ -61,9 +61,8 @@ def find(graph: Graph, deferred: frozenset[Node] = frozenset(), merge: bool = Tr
     labels = Labels(graph, tangents, deferred)
     labels.run(candidates(graph, labels.on_tangent))
     for head in filter(is_other_product, labels.sources):
-        labels.problems.setdefault(
-            head, Problem("escape", head, "a product that is scaled, or has a bias for each row")
-        )
+        why = "a product that is scaled, or has a bias for each row"
+        labels.problems.setdefault(head, Problem("foreign-product", head, why))
     regions, problems = [], dict(labels.problems)
     for heads, spaces in components(labels):
         trouble = next((labels.problems[h] for h in heads if h in labels.problems), None)

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from .. import records
 from ..config import Config
-from ..graph.write import drop_dead, sort
+from ..graph.write import sort
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
 from .tangents import Illegal, heads_of, row_gradients
@@ -25,7 +25,7 @@ def schedule(graph: Graph, config: Config) -> dict[Node, str]:
     if where:
         sort(graph)
         graph.lint()
-        drop_dead(graph)
+        graph.eliminate_dead_code()
     return where
 
 
