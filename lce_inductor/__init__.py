@@ -7,9 +7,9 @@ model = torch.compile(model)
 
 # Light on purpose: TORCH_LOGS="+lce_inductor" imports this package while torch itself is still being imported.
 from .config import Config
-from .explanation import Explanation, explain
-from .history import Report, report
+from .explaining.explanation import Explanation, explain
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
+from .telling.history import Report, report
 
 __version__ = "0.1.0"
 __all__ = [

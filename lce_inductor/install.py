@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from . import watch
 from .config import Config, make_config
+from .telling import watch
 
 _HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
 

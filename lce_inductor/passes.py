@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from . import records, regions, watch
+from . import regions
 from .config import Config
 from .defer import defer_returned
 from .graph.backup import Backup
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .schedule import move
+from .telling import records, watch
 
 log = logging.getLogger("lce_inductor")
 
@@ -104,8 +105,16 @@ class HeadsPass(_Pass):
                     sort(graph)
                 regions.scheduled(decision, where)
                 graph.lint()
+                _count_gradients(decision, where)
             except Exception:
                 backup.restore()
                 raise
             graph.eliminate_dead_code()  # there is no way back from it: the last step
         watch.saw(records.records_of(decision, self.config, set(graph.nodes)), self.config)
+
+
+def _count_gradients(decision: regions.Decision, where: dict[Node, str]) -> None:
+    """Of each fused op, and of each head that its own program computes."""
+    programs = (head.gradients for head in decision.heads.values() if head.tier == "region")
+    for place in (*where.values(), *filter(None, programs)):
+        records.count(f"gradients:{place}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+NOWHERE = "code without a file"  # the line of what exec() made, or torch itself
+
 
 class Reason(NamedTuple):
     """A static row of the table below."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 from lce_inductor.kernels import hopper
-from lce_inductor.ops.chunking import ceil_div
+from lce_inductor.spec.sizes import ceil_div
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lce_inductor.kernels import anchored_kernels, hopper, nvrtc, tuning
 from lce_inductor.kernels.rows import flatten
-from lce_inductor.ops.epilogue import Steps, apply_with_slope
+from lce_inductor.spec.epilogue import Steps, apply_with_slope
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:

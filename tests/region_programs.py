@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lce_inductor.ops.regions
 from lce_inductor.lower.arguments import Arguments
-from lce_inductor.ops.program import Program, Ref, Result, Rows, Step, Sym
+from lce_inductor.spec.program import Program, Ref, Result, Rows, Step, Sym
 
 
 class Builder:

@@ -1,4 +1,4 @@
-"""Cases for ops/cuda.py, checked against fp64: by the interpreter on the CPU, compiled on a GPU."""
+"""Cases for lower/cuda.py, checked against fp64: by the interpreter on the CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lce_inductor.ops import cuda
-from lce_inductor.ops.epilogue import apply, parse
-from lce_inductor.ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.lower import cuda
+from lce_inductor.spec.epilogue import apply, parse
+from lce_inductor.spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 ALL = LSE | TARGET | SUM | NEG_ENTROPY | MAX | ARGMAX
 GRADS = ("lse", "lse_slope", "target", "sum", "neg_entropy")

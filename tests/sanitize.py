@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rows_cases
 from rows_cases import ALL, GRADS, Case
 
-from lce_inductor.ops import cuda, products
-from lce_inductor.ops.types import LSE, SUM, TARGET, RowGrads
+from lce_inductor.lower import cuda, products
+from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
 
 ROWS = [
     *(Case(N=13, H=33, V=V, K=2, bias=True, class_weight=True, grads=GRADS, dtype=d, chunk_tokens=5)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lce_inductor.config import Config
-from lce_inductor.ops.chunking import POLICIES, anchored_peak_bytes, peak_bytes, plan, saves_little
+from lce_inductor.lower.plan import POLICIES, anchored_peak_bytes, peak_bytes, plan, saves_little
 
 GIB = 1 << 30
 

@@ -1,4 +1,4 @@
-"""ops/cuda.py on a GPU, against fp64; nothing here measures time."""
+"""lower/cuda.py on a GPU, against fp64; nothing here measures time."""
 
 import dataclasses
 import subprocess
@@ -8,9 +8,9 @@ import pytest
 import rows_cases
 import torch
 
-from lce_inductor.ops import cuda
-from lce_inductor.ops.chunking import anchored_peak_bytes, peak_bytes, plan
-from lce_inductor.ops.types import LSE, SUM, TARGET, RowGrads
+from lce_inductor.lower import cuda
+from lce_inductor.lower.plan import anchored_peak_bytes, peak_bytes, plan
+from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -111,8 +111,8 @@ def test_offsets_beyond_two_to_the_31():
 def test_target_out_of_bounds_is_a_device_assertion():
     script = """
 import torch
-from lce_inductor.ops import cuda
-from lce_inductor.ops.types import HeadArgs
+from lce_inductor.lower import cuda
+from lce_inductor.spec.types import HeadArgs
 x = torch.randn(4, 8, device="cuda"); w = torch.randn(9, 8, device="cuda")
 t = torch.tensor([[1], [2], [9], [0]], device="cuda")
 cuda.forward(HeadArgs(x, w, None, t, None, (), 0, 1 << 30), 3)

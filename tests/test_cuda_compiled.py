@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 import lce_inductor
-from lce_inductor.ops import cuda
+from lce_inductor.lower import cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lce_inductor.ops.epilogue import apply, apply_with_slope, is_finite, parse, unparse
+from lce_inductor.spec.epilogue import apply, apply_with_slope, is_finite, parse, unparse
 
 TEXTS = [
     "",

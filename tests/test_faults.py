@@ -137,7 +137,7 @@ def test_a_compile_with_a_broken_rule(rule, monkeypatch, caplog):
     assert compiled.counts == {"refused:internal-error": 1} and len(warnings_of(caplog)) == 1
 
 
-PACKAGE = ("regions", "schedule", "graph", "ops/epilogue.py", "ops/chunking.py", "reasons.py", "passes.py")
+PACKAGE = ("regions", "schedule", "graph", "spec/epilogue.py", "lower/plan.py", "reasons.py", "passes.py")
 
 
 @pytest.mark.parametrize("fn", WHOLE)
@@ -227,7 +227,7 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     args = fresh(head())
     alive = [weakref.ref(t) for t in args]
     fault = Fault(
-        at, "ops/cpu.py", "ops/regions.py", "ops/epilogue.py", "ops/chunking.py", "lower", error=torch.OutOfMemoryError
+        at, "lower/cpu.py", "ops/regions.py", "spec/epilogue.py", "lower/plan.py", "lower", error=torch.OutOfMemoryError
     )
     found = None
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lce_inductor.kernels import nvrtc
-from lce_inductor.ops.epilogue import parse
+from lce_inductor.spec.epilogue import parse
 
 triton = pytest.importorskip("triton")
 from lce_inductor.kernels import hopper, hopper_source  # noqa: E402
@@ -142,7 +142,7 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("N, H, V", [(256, 64, 192), (1300, 200, 5003), (2048, 768, 50257)])
 def test_logits_against_fp64(N: int, H: int, V: int, dtype: torch.dtype) -> None:
     """Rounded once, with their logsumexp; infinite ones, too, and none that counts."""
-    from lce_inductor.ops import products
+    from lce_inductor.lower import products
 
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(N, H, device="cuda", generator=g).to(dtype)

@@ -9,8 +9,8 @@ from rows_cases import ALL, GRADS, SOFTCAP, Case
 from torch.library import opcheck
 
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
-from lce_inductor.ops.epilogue import unparse
-from lce_inductor.ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.spec.epilogue import unparse
+from lce_inductor.spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 ops = torch.ops.lce_inductor
 BUDGET = 1 << 30
@@ -240,55 +240,13 @@ def test_chunks_bound_the_workspace():
         assert products(call) == chunks
 
 
-# -- composite ops
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_head_stats_has_the_shape_of_x(rank):
-    x, weight, target = head(n=24)
-    rows = {1: (), 2: (24,), 3: (4, 6), 4: (2, 2, 6)}[rank]
-    x, target = (x[0], target[0]) if rank == 1 else (x.reshape(*rows, -1), target.reshape(rows))
-    columns = [(target, -100), (target.clamp(min=0), int(target.max()))]
-    found = ops.head_stats(x, weight, None, *map(list, zip(*columns)), None, "", ALL, 0, BUDGET)
-    z = F.linear(x, weight)
-    assert [t.shape for t in found] == [rows, (*rows, 2), rows, rows, rows, rows]
-    torch.testing.assert_close(found[0].float(), z.logsumexp(-1))
-    for k, (index, ignored) in enumerate(columns):
-        valid = index != ignored
-        picked = z.gather(-1, torch.where(valid, index, 0).unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(found[1][..., k], torch.where(valid, picked, 0))
-
-
-@pytest.mark.parametrize("dtype", rows_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_cross_entropy_of_statistics(weighted, smoothing, reduction, dtype):
-    x, weight, target = head(n=50, v=101, dtype=dtype)
-    classes = torch.rand(101, dtype=torch.float64).to(dtype) if weighted else None
-
-    def fused(x, weight, classes, target):
-        stats = ops.head_stats(x, weight, None, [target], [-100], classes, "", LSE | TARGET | SUM, 0, BUDGET)
-        args = (stats[0], stats[1][..., 0], stats[2], target, classes, reduction, -100, smoothing, 101, x.dtype)
-        return ops.cross_entropy(*args)
-
-    def eager(x, weight, classes, target):
-        return F.cross_entropy(F.linear(x, weight), target, classes, reduction=reduction, label_smoothing=smoothing)
-
-    args = (x, weight, classes, target)
-    double = [t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
-              for t in args]  # fmt: skip
-    copies = [[t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in args] for _ in range(2)]
-    assert_as_accurate(results(fused, copies[0]), results(eager, copies[1]), results(eager, double))
-
-
 def test_bf16_loss_is_better_than_eagers():
     """Eager rounds each row's loss to bf16 before the mean; statistics stay fp32."""
     x, weight, target = head(n=2000, h=64, v=1001, dtype=torch.bfloat16)
     exact = F.cross_entropy(F.linear(x, weight).double(), target, reduction="none")
     eager = F.cross_entropy(F.linear(x, weight), target, reduction="none")
-    stats = ops.head_stats(x, weight, None, [target], [-100], None, "", LSE | TARGET, 0, BUDGET)
-    ours = ops.cross_entropy(stats[0], stats[1][..., 0], None, target, None, "none", -100, 0.0, 1001, torch.float32)
+    lse, picked, *_ = ops.row_stats(x, weight, None, target[:, None], None, "", LSE | TARGET, 0, BUDGET)
+    ours = (lse - picked[:, 0]).float()
     assert error(ours, exact) < 0.01 * error(eager, exact)
 
 
@@ -301,8 +259,6 @@ def opcheck_arguments() -> dict[str, tuple]:
     wanted = tuple(None if t is None else t.detach().clone().requires_grad_() for t in tensors[:3])
     grads = (g.lse, g.target, g.sum, g.neg_entropy)
     found = row_stats(a, ALL)
-    column = a.target[:, 0].clamp(min=0)
-    rows = tuple(torch.rand(5, requires_grad=True) for _ in range(3))
     return {
         "row_stats": (*wanted, *tensors[3:], "", ALL, 2, BUDGET),
         "row_stats-lse": (*wanted[:2], None, None, None, "tanh", LSE, 0, BUDGET),
@@ -313,9 +269,6 @@ def opcheck_arguments() -> dict[str, tuple]:
         "row_stats_with_grad-dw": (
             *tensors, None, g.lse_slope, None, None, None, SOFTCAP, TARGET, 0, BUDGET, [False, True, False],
         ),
-        "head_stats": (wanted[0].reshape(1, 5, 4), *wanted[1:], [column, a.target[:, 1]], [3, NO_TARGET], None, "", ALL, 0, BUDGET),
-        "cross_entropy": (*rows, column, None, "mean", 3, 0.1, 7, torch.float32),
-        "cross_entropy-weighted": (*rows, column, torch.rand(7), "none", -100, 0.1, 7, torch.float32),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from harness import decided, head, joint_graph
 from torch.nn import functional as F
 
 from lce_inductor.lower.values import evaluate
-from lce_inductor.ops.program import Program, Ref, Result, Rows, Step, Sym, name_of, parse, resolve
+from lce_inductor.spec.program import Program, Ref, Result, Rows, Step, Sym, name_of, parse, resolve
 
 aten = torch.ops.aten
 

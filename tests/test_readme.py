@@ -18,7 +18,7 @@ import lce_inductor
 from lce_inductor.bench.__main__ import _parser
 from lce_inductor.bench.models import _parser as models_parser
 from lce_inductor.config import Config
-from lce_inductor.ops.chunking import POLICIES, peak_bytes, plan
+from lce_inductor.lower.plan import POLICIES, peak_bytes, plan
 from lce_inductor.reasons import REASONS
 
 ROOT = Path(__file__).parent.parent

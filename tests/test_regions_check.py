@@ -131,7 +131,7 @@ def test_the_slope_of_an_epilogue():
 
 
 def test_programs_run_in_double():
-    from lce_inductor.ops.program import Program, Ref, Step
+    from lce_inductor.spec.program import Program, Ref, Step
 
     steps = (
         Step("prims.convert_element_type.default", (Ref(0), torch.bfloat16), {}),

@@ -23,7 +23,7 @@ from lce_inductor.lower import blocks, compiled, region_cpu, region_cuda
 from lce_inductor.lower import regions as lowering
 from lce_inductor.lower.regions import prepare, run
 from lce_inductor.ops import regions
-from lce_inductor.ops.program import Sym, parse
+from lce_inductor.spec.program import Sym, parse
 
 N, H, V = 23, 6, 311
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -19,8 +19,9 @@ from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
-from lce_inductor import explain, history
-from lce_inductor.records import NOWHERE
+from lce_inductor import explain
+from lce_inductor.telling import history
+from lce_inductor.telling.records import NOWHERE
 
 N, H = 48, 16
 

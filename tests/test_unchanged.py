@@ -16,9 +16,9 @@ from deferred_cases import real
 from torch import Tensor, nn
 
 import lce_inductor
-from lce_inductor import unchanged
-from lce_inductor.deferred import DeferredLogits, defer_logits
-from lce_inductor.unchanged import same, seal
+from lce_inductor.deferred import seals, steps
+from lce_inductor.deferred.seals import same, seal
+from lce_inductor.deferred.tensor import DeferredLogits, defer_logits
 
 N, H, V = 6, 16, 9000  # so many rows that a sample of the weight misses some
 STALE = r'changed since.*before optimizer\.step\(\).*returned_logits="keep"'
@@ -120,7 +120,7 @@ def test_a_step_is_noticed(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in optimizers() if "=" not in n or "fused" in n])
 def test_a_step_is_noticed_without_its_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the hooks and versions alone."""
-    monkeypatch.setattr("lce_inductor.deferred.same", lambda *_: True)
+    monkeypatch.setattr("lce_inductor.deferred.tensor.same", lambda *_: True)
     module = head(bias=False)
     optimizer = make(name, module.parameters())
     one_row_of_gradients(module)
@@ -161,7 +161,7 @@ def test_only_the_bias_steps() -> None:
 
 @pytest.mark.parametrize("alias", ["view", "data", "flat"])
 def test_an_optimizer_that_holds_the_memory(alias: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lce_inductor.deferred.same", lambda *_: True)
+    monkeypatch.setattr("lce_inductor.deferred.tensor.same", lambda *_: True)
     module = head(bias=False)
     if alias == "flat":  # one buffer of many parameters, of which they are views
         flat = nn.Parameter(torch.randn(V * H + 7))
@@ -245,14 +245,14 @@ def test_a_compiled_step() -> None:
 
 def test_nothing_is_kept_of_them() -> None:
     gc.collect()
-    count = len(unchanged._watched)
+    count = len(steps._watched)
     gc.disable()
     try:
         z, _ = call(head())
         row = z[0]
-        assert len(unchanged._watched) == count + 3
+        assert len(steps._watched) == count + 3
         del z, row
-        assert len(unchanged._watched) == count  # and no reference cycle held it
+        assert len(steps._watched) == count  # and no reference cycle held it
     finally:
         gc.enable()
 
@@ -263,9 +263,9 @@ def test_threads() -> None:
 
     def run() -> None:
         for _ in range(50):
-            steps = unchanged.Steps(module.weight)
-            unchanged._note_step(optimizer, (), {})
-            found.append(steps.none())
+            seen = steps.Steps(module.weight)
+            steps._note_step(optimizer, (), {})
+            found.append(seen.none())
 
     optimizer = torch.optim.SGD(module.parameters())
     threads = [threading.Thread(target=run) for _ in range(4)]
@@ -345,7 +345,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_seal(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unchanged, "PIECE_BYTES", 8 * 16 * 7)  # several pieces
+    monkeypatch.setattr(seals, "PIECE_BYTES", 8 * 16 * 7)  # several pieces
     t = LAYOUTS[layout](torch.randn(50, 16).to(dtype))
     before = seal(t)
     assert before.numel() <= 50 and same(t, before)
@@ -370,7 +370,7 @@ def test_the_sums_of_other_devices(dtype: torch.dtype, layout: str) -> None:
     """What Inductor makes of them is what eager computes."""
     t = LAYOUTS[layout](torch.randn(70, 48).to(dtype))
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(unchanged._sums)(t), unchanged._sums(t))
+    assert torch.equal(torch.compile(seals._sums)(t), seals._sums(t))
 
 
 # -- compiled

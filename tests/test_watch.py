@@ -20,9 +20,10 @@ from harness import Compiled, head
 from test_explain import WIDE, step, told
 
 import lce_inductor
-from lce_inductor import explain, watch
+from lce_inductor import explain
 from lce_inductor.config import Config
 from lce_inductor.reasons import REASONS
+from lce_inductor.telling import watch
 
 HERE = __file__
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .. import records
 from ..config import Config
 from ..graph.values import info
 from ..regions.facts import Crossing
@@ -25,7 +24,7 @@ log = logging.getLogger("lce_inductor")
 def defer_returned(graph: Graph, config: Config) -> list[Node]:
     """Replace returned logits that a loss of this graph reads by deferred ones. Returns the new nodes.
 
-    Only in Dynamo's graphs: their outputs are the user's values. A failure leaves the graph as it was.
+    Only in Dynamo's graphs: their outputs are the user's values. An exception leaves the graph as it was.
     """
     owner = graph.owning_module
     if config.returned_logits != "defer" or owner is None or "dynamo_compile_id" not in owner.meta:
@@ -35,30 +34,18 @@ def defer_returned(graph: Graph, config: Config) -> list[Node]:
     except NotDeferred as why:
         log.debug("no returned logits are deferred: %s", why)
         return []
-    except Exception as error:
-        _failed(error)
-        return []
     if not deferrals:
         return []
     (output,) = graph.find_nodes(op="output")
     before, args = set(graph.nodes), output.args
     try:
         return [d.write(mode) for d in deferrals]
-    except Exception as error:
+    except Exception:
         output.args = args  # all that is written are new nodes, and what the output reads
         for node in reversed(graph.nodes):
             if node not in before:
                 graph.erase_node(node)
-        _failed(error)
-        return []
-
-
-def _failed(error: Exception) -> None:
-    records.count("refused:internal-error")
-    log.warning(
-        "internal-error in the defer stage: the graph stays as it is (%s: %s)",
-        type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG),
-    )  # fmt: skip
+        raise
 
 
 def plan(graph: Graph, config: Config) -> tuple[list[Deferral], Any]:

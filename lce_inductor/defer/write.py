@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .. import deferred  # noqa: F401  (registers defer_logits)
+from ..deferred import tensor as deferred  # noqa: F401  (registers defer_logits)
 from ..graph.values import Info, info, same
 from ..graph.write import Writer
 from ..regions.facts import bound

@@ -2,58 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..ops.chunking import ceil_div
+from ..spec.sizes import ceil_div
 from . import anchored_kernels as kernels
 from . import tuning
+from .call import Call
 from .hopper import PAIR  # rows that share a mark "one of these is saturated"
 from .rows import flatten
-
-if TYPE_CHECKING:
-    from .anchored import Head
-
 
 # Programs of column_sums: enough of them to have loads in flight all the time.
 _COLUMN_SUMS = 2048
 
 
 class Launches:
-    """The launches of one call (`Head` in anchored.py), by their places in it. No reference to it: see hopper.py.
+    """The launches of one call (see call.py), by their places in it. No reference to it: see hopper.py.
 
     anchor, raw: [N], as the kernels say; u, row_max, flag: [chunk rows]. sums, maxima: [tiles * chunk rows], of E and
     of the logits in each column tile.
     """
 
-    def __init__(self, h: Head) -> None:
+    def __init__(self, h: Call) -> None:
         self._capability = _capability(h.x)
         t = self._tiles = tuning.tiles(self._capability, "logits" if h.store else "sums", h.H)
         self._steps = flatten(h.steps)
         self._x_desc = _descriptor(h.x, t.rows, t.depth)
         self._w_desc = _descriptor(h.weight, t.columns, t.depth)
-        self._chunk_rows = h.plan.rows
+        self._chunk_rows = h.rows
         # A chunk's marks: whether any row is saturated, then whether one of each PAIR rows is.
-        marks = max(h.plan.count, 1), 1 + ceil_div(h.plan.rows, PAIR)
+        marks = max(h.chunks, 1), 1 + ceil_div(h.rows, PAIR)
         self._marks = h.x.new_zeros(marks, dtype=torch.int32)
-        rows, parts = h.plan.rows, 0 if h.known else h.tiles * h.plan.rows
+        rows, parts = h.rows, 0 if h.known else h.tiles * h.rows
         sizes = [h.N, h.N, rows, rows, rows, parts, parts]
         self.anchor, self.raw, self.u, self.row_max, flag, sums, maxima = h.f32(sum(sizes)).split(sizes)
         self.flag = flag.view(torch.int32)
         self.sums: Tensor | None = None if h.known else sums
         self.maxima: Tensor | None = None if h.known else maxima
 
-    def prepare_products(self, h: Head) -> None:
+    def prepare_products(self, h: Call) -> None:
         """Nothing, as below."""
 
-    def prepare_gradients(self, h: Head) -> None:
+    def prepare_gradients(self, h: Call) -> None:
         """Nothing: each launch takes what is there."""
 
-    def anchors(self, h: Head) -> None:
+    def anchors(self, h: Call) -> None:
         kernels.anchor_kernel[(h.N,)](
             h.x, h.x.stride(0), h.weight, h.weight.stride(0), h.bias, h.target, h.stride_t,
             h.V, h.H, self.anchor, h.target_logit if h.target is not None else None, self.raw,
@@ -61,7 +56,7 @@ class Launches:
             SAMPLES=h.samples, STEPS=self._steps, BLOCK_H=_block(h.H), num_warps=4 if h.H > 256 else 1,
         )  # fmt: skip
 
-    def exponentials(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def exponentials(self, h: Call, row0: int, n: int, redo: bool) -> None:
         t = self._tiles
         e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)  # not kept: it holds e
         compiled = self._capability is not None
@@ -70,17 +65,17 @@ class Launches:
         kernels.logits_kernel[(min(programs, most),)](
             self._x_desc, self._w_desc, e_desc,
             h.lse if h.known else self.anchor, h.bias, h.target, h.stride_t,
-            self.sums, self.maxima, h.plan.rows, self.row_max, self.flag, self._found(row0),
+            self.sums, self.maxima, h.rows, self.row_max, self.flag, self._found(row0),
             n, row0, h.V, h.H,
             STEPS=self._steps, STORE=h.e is not None, SUM=not h.known, REDO=redo,
             COMPILED=compiled, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth, SPLIT=t.split,
             GROUP=t.group, FLATTEN=t.flatten and not redo, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
-    def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def normalise(self, h: Call, row0: int, n: int, redo: bool) -> None:
         g, block = h.grads, 8
         kernels.normalise_kernel[(ceil_div(n, block),)](
-            self.sums, self.maxima, h.plan.rows, h.tiles, self.row_max, self.flag, self._found(row0),
+            self.sums, self.maxima, h.rows, h.tiles, self.row_max, self.flag, self._found(row0),
             self.anchor, self.raw, h.target, h.stride_t, h.lse,
             g.lse, _stride(g.lse), g.lse_slope, _stride(g.lse_slope),
             None if h.target is None else g.target, _stride(g.target), self.u, h.d, n, row0, h.V,
@@ -88,11 +83,11 @@ class Launches:
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
 
-    def product(self, h: Head, n: int) -> bool:
+    def product(self, h: Call, n: int) -> bool:
         """False: the library's is faster."""
         return False
 
-    def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
+    def spread(self, h: Call, row0: int, n: int, tail: int) -> None:
         assert h.e is not None
         block = min(_block(h.H), 1024)
         kernels.spread_kernel[(n, ceil_div(h.H, block))](
@@ -102,7 +97,7 @@ class Launches:
             TAIL=tail, SLOPE=h.slope, BLOCK_H=block, num_warps=4 if block > 256 else 1,
         )  # fmt: skip
 
-    def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
+    def collect(self, h: Call, key: Tensor, order: Tensor, ends: Tensor) -> None:
         block = min(_block(h.H), 1024)
         kernels.collect_kernel[(h.N, ceil_div(h.H, block))](
             key, order, ends, h.x, h.x.stride(0), h.d, h.dw, h.db, h.V, h.H,
@@ -113,7 +108,7 @@ class Launches:
         return self._marks[row0 // self._chunk_rows]
 
 
-def tiles(head: Head) -> int:
+def tiles(head: Call) -> int:
     """Tiles that a row of logits is cut into."""
     return ceil_div(head.V, tuning.tiles(_capability(head.x), "logits", head.H).columns)
 

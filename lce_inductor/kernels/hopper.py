@@ -19,19 +19,17 @@ import functools
 import itertools
 import logging
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.chunking import ceil_div
-from ..ops.epilogue import Steps
+from ..spec.epilogue import Steps
+from ..spec.sizes import ceil_div
 from . import nvrtc, tuning
+from .call import Call
 from .hopper_arguments import DwArguments, DxArguments, LogitsArguments, RowsArguments
 from .hopper_source import COLUMNS, DEPTH, ROWS, Variant, rows_source, source
-
-if TYPE_CHECKING:
-    from .anchored import Head
 
 log = logging.getLogger(__name__)
 
@@ -155,22 +153,22 @@ def _prepared(
 
 
 class Launches:
-    """The launches of one call of the anchored softmax (`Head` in anchored.py), on the current stream.
+    """The launches of one call of the anchored softmax (see call.py), on the current stream.
 
     Everything that chunks share is made once, and what a launch does not need only after it: a launch has to cost
     the host less than the GPU, and until the first one the GPU waits. Each method is given the head again: a reference
     to it would be a cycle, and its tensors would stay until the garbage collector comes.
     """
 
-    def __init__(self, h: Head) -> None:
+    def __init__(self, h: Call) -> None:
         device, x, weight, target = h.x.device, h.x, h.weight, h.target
         self._prepared = p = _prepared(
-            device, h.N, h.H, h.V, h.plan.rows, h.plan.count, h.tiles, h.samples, x.stride(0), weight.stride(0),
+            device, h.N, h.H, h.V, h.rows, h.chunks, h.tiles, h.samples, x.stride(0), weight.stride(0),
             h.stride_t, h.bias is not None, target is not None, h.store, h.known, h.steps,
         )  # fmt: skip
         self._stream = nvrtc.current_stream(device)
         nvrtc.need_context()
-        self._kernels, self._chunk_rows, self._counted = p.kernels, h.plan.rows, 0
+        self._kernels, self._chunk_rows, self._counted = p.kernels, h.rows, 0
         self._scratch = h.f32(p.begins[-1] // 4)
         base = self._scratch.data_ptr()
         self._rows = r = RowsArguments.from_buffer_copy(p.rows)
@@ -191,7 +189,7 @@ class Launches:
         begin = self._prepared.begins[_SCRATCH.index("u")] // 4
         return self._scratch[begin : begin + self._chunk_rows]
 
-    def prepare_products(self, h: Head) -> None:
+    def prepare_products(self, h: Call) -> None:
         r, lse = self._rows, h.lse
         assert lse is not None
         r.lse = lse.data_ptr()
@@ -201,8 +199,8 @@ class Launches:
         self._x_map = nvrtc.tensor_map(h.x, h.N, ROWS)
         self._w_map = nvrtc.tensor_map(h.weight, h.V, COLUMNS // 2)
 
-    def prepare_gradients(self, h: Head) -> None:
-        """Take what `Head` has by now: gradients of the statistics, and where those of x and weight go."""
+    def prepare_gradients(self, h: Call) -> None:
+        """Take what the call has by now: gradients of the statistics, and where those of x and weight go."""
         r, g = self._rows, h.grads
         r.g_lse, r.g_slope, r.g_target, r.g_sum = map(_address, (g.lse, g.lse_slope, g.target, g.sum))
         r.stride_gl, r.stride_gs, r.stride_gt, r.stride_g = (
@@ -213,10 +211,10 @@ class Launches:
         assert h.e is not None
         r.e, r.row_stride = _address(h.e), h.e.stride(0)
 
-    def anchors(self, h: Head) -> None:
+    def anchors(self, h: Call) -> None:
         self._kernels.anchors.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
 
-    def exponentials(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def exponentials(self, h: Call, row0: int, n: int, redo: bool) -> None:
         """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
         a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
@@ -225,13 +223,13 @@ class Launches:
         e_map = self._x_map if h.e is None else nvrtc.tensor_map(h.e, n, ROWS)
         self._kernels.products[redo].launch(2 * clusters, _THREADS, (self._x_map, self._w_map, e_map, a), self._stream)
 
-    def normalise(self, h: Head, row0: int, n: int, redo: bool) -> None:
+    def normalise(self, h: Call, row0: int, n: int, redo: bool) -> None:
         r = self._rows
         r.row0, r.rows, r.found = row0, n, self._found(row0)
         flags = ctypes.c_int(h.known), ctypes.c_int(redo)
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
-    def product(self, h: Head, n: int) -> bool:
+    def product(self, h: Call, n: int) -> bool:
         """h.product[:n] = E @ weight, or False where the library is faster."""
         assert h.product is not None and h.e is not None
         kernels = products(h.x.device, h.x.dtype)
@@ -241,11 +239,11 @@ class Launches:
         self._counted += launch_dx(kernels.dx, h.product[:n], h.e[:n], h.weight, counts, self._counted)
         return True
 
-    def spread(self, h: Head, row0: int, n: int, tail: int) -> None:
+    def spread(self, h: Call, row0: int, n: int, tail: int) -> None:
         self._rows.tail = tail
         self._kernels.spread.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
 
-    def collect(self, h: Head, key: Tensor, order: Tensor, ends: Tensor) -> None:
+    def collect(self, h: Call, key: Tensor, order: Tensor, ends: Tensor) -> None:
         r = self._rows
         r.key, r.order, r.ends = map(_address, (key, order, ends))
         self._kernels.collect.launch(ceil_div(h.N, 8) * ceil_div(h.H, 256), 256, (r,), self._stream)
@@ -370,7 +368,7 @@ def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulat
     kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))
 
 
-def tiles(head: Head) -> int:
+def tiles(head: Call) -> int:
     """Tiles that a row of logits is cut into."""
     return ceil_div(head.V, COLUMNS)
 

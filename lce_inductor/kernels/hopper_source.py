@@ -6,7 +6,7 @@ import functools
 import pathlib
 from typing import NamedTuple
 
-from ..ops.epilogue import Steps, reciprocal
+from ..spec.epilogue import Steps, reciprocal
 from . import nvrtc
 from .hopper_arguments import DwArguments, DxArguments, LogitsArguments, RowsArguments, assertions
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.epilogue import Steps, reciprocal
-from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
+from ..spec.epilogue import Steps, reciprocal
+from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
 
 # The epilogue travels as a flat tuple of numbers, three for each step: code, constant, constant.
 _CODES = {"mul": 0, "add": 1, "tanh": 2, "sigmoid": 3, "rsqrt_cap": 4}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.chunking import ChunkPlan, plan
-from ..ops.program import Program, Ref, Sym
+from ..spec.program import Program, Ref, Sym
+from .plan import ChunkPlan, plan
 
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 

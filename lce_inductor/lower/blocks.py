@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.program import Program, Ref, Step, parse, resolve
+from ..spec.program import Program, Ref, Step, parse, resolve
 from .values import Meta, fill, owner, places, propagate, refs, settled, takes_device
 
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.program import Program, parse, resolve
+from ..spec.program import Program, parse, resolve
 from .values import Meta, fill, places, takes_device, used, wide
 
 log = logging.getLogger(__name__)

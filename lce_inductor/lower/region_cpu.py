@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops.sums import add_product
 from . import compiled
 from .steps import Chunk, Values, step_by_step, with_code
+from .sums import add_product
 
 KIND, ALIGN = "cpu", 1
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops.cuda import available
-from ..ops.products import input_gradient, pieces, weight_gradient
 from . import compiled
+from .cuda import available
+from .products import input_gradient, pieces, weight_gradient
 from .steps import Chunk, Values, step_by_step, with_code
 
 # Rows begin on a line of 128 bytes in every dtype of logits.

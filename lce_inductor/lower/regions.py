@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ..ops.chunking import round_up
+from ..spec.sizes import round_up
 from . import compiled, region_cpu, region_cuda
 from .arguments import Arguments, check
 from .compiled import Key

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ..ops.program import Program, Ref, Rows, Sym, parse, resolve
+from ..spec.program import Program, Ref, Rows, Sym, parse, resolve
 
 
 class Meta(NamedTuple):

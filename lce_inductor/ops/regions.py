@@ -1,6 +1,6 @@
 """row_region: the user's own arithmetic between logits and rows, over one chunk of logits at a time.
 
-    row_region    for chunks of rows: the logits of each head, a program over them (ops/program.py), dX and dW
+    row_region    for chunks of rows: the logits of each head, a program over them (spec/program.py), dX and dW
 
 Shapes: N tokens, H hidden, V vocabulary, of each head its own. xs [N, H], weights [H, V], biases [V] for those heads
 that has_bias names; rows [N, ...], whole of any shape, matrices [V, H]. The results are the program's. See
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..lower.arguments import Arguments, check_devices
 from ..lower.regions import prepare as ahead
 from ..lower.regions import run
-from .program import Sym, parse
+from ..spec.program import Sym, parse
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")
 _lib.define(

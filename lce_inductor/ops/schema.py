@@ -1,20 +1,15 @@
 """Definition of the ops: schemas, fake kernels, autograd, and which implementation a device gets.
 
-Three ops on flat rows do the work; the passes put them, or the composite ops below, into graphs:
+Three ops on flat rows do the work of the fused kernels; the passes put them into graphs:
 
     row_stats            statistics of the logits' rows, never the logits; its backward is row_stats_backward
     row_stats_backward   gradients by recomputing the logits chunk by chunk (4 matrix products in all)
     row_stats_with_grad  statistics and gradients in one go, row gradients known beforehand (3 products); wide: dW and
                          db in fp32, for a caller that has to multiply them once more
 
-Composite ops (traced through by AOTAutograd, visible in pre-grad graphs):
-
-    head_stats           row_stats for x of any rank: x [..., H] -> statistics [...]
-    cross_entropy        the arithmetic of F.cross_entropy on [N]-sized statistics
-
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
 target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats`
-is a mask of the bits in types.
+is a mask of the bits in spec/types.py.
 """
 
 from __future__ import annotations
@@ -26,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import composite, cpu
-from .epilogue import parse
-from .types import (
+from ..lower import cpu
+from ..spec.epilogue import parse
+from ..spec.types import (
     ARGMAX,
     LSE,
     MAX,
@@ -59,22 +54,14 @@ _lib.define(
     f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, "
     "Tensor db)"
 )
-_lib.define(
-    "head_stats(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, int[] ignore_indices, Tensor? class_weight, "
-    f"{_WITH_STATS}) -> {_STATS})"
-)
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
-_lib.define(
-    "cross_entropy(Tensor lse, Tensor target_logit, Tensor? sum_logits, Tensor target, Tensor? weight, str reduction, "
-    "int ignore_index, float label_smoothing, SymInt num_classes, ScalarType dtype) -> Tensor"
-)
 
 
 @functools.cache
 def _impl(on_cuda: bool):  # type: ignore[no-untyped-def]
     """The implementation for a device: Triton and library products on CUDA, ATen everywhere else."""
     if on_cuda:
-        from . import cuda
+        from ..lower import cuda
 
         if cuda.available():
             return cuda
@@ -272,7 +259,7 @@ def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
 
 
 def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
-    """The value, and inputs that a backward has to save for it (see schedule/second.py)."""
+    """The value, and inputs that a backward has to save for it (see graph/second.py)."""
     return value.clone()
 
 
@@ -288,5 +275,3 @@ torch.library.register_autograd("lce_inductor::row_stats", _backward, setup_cont
 torch.library.register_autograd("lce_inductor::row_stats_backward", _no_second_derivative, lib=_lib)
 # Not a kernel in Python: the GPU waits for the first launch in row_stats_with_grad. The op itself refuses.
 _lib.impl("row_stats_with_grad", torch.library.fallthrough_kernel, "Autograd")
-_lib.impl("head_stats", composite.head_stats, "CompositeImplicitAutograd")
-_lib.impl("cross_entropy", composite.cross_entropy, "CompositeImplicitAutograd")

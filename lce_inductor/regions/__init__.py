@@ -13,15 +13,14 @@ import torch
 from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
-from .. import records
 from ..config import Config
 from ..graph.values import device_type, numel_hint, size_hint, source
 from ..graph.write import sort
+from ..lower.plan import ChunkPlan, saves_little
+from ..lower.plan import plan as plan_chunks
 from ..ops import regions as _ops  # noqa: F401  (registers the op)
-from ..ops.chunking import ChunkPlan, saves_little
-from ..ops.chunking import plan as plan_chunks
-from ..ops.program import parse
-from ..reasons import Refusal, refuse
+from ..reasons import NOWHERE, Refusal, refuse
+from ..spec.program import parse
 from .facts import Crossing
 from .fused import NotFused
 from .heads import factors, is_product
@@ -167,7 +166,7 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
     for loss in find_losses(labels.graph, labels.on_tangent):
         mine: list[Head | Stray] = [heads[n] for n in loss.origins if n in heads]
         for reader in mine or [strays.setdefault(loss.origins, _stray(loss, labels))]:
-            line = source(loss.node) or ("" if reader.losses else records.NOWHERE)
+            line = source(loss.node) or ("" if reader.losses else NOWHERE)
             if line and line not in reader.losses:
                 reader.losses.append(line)
     for node in heads:
@@ -243,8 +242,6 @@ def scheduled(decision: Decision, where: dict[Node, str]) -> None:
             places = {where[op] for op in head.ops if op in where}
             head.gradients = "recompute" if "recompute" in places else "".join(places)
             head.products += sum(where.get(op) == "recompute" for op in head.ops)
-        if head.tier == "region" and head.gradients:
-            records.count(f"gradients:{head.gradients}")
 
 
 def steps_of(made: list[Node]) -> int:

@@ -1,7 +1,7 @@
 """Comparing what the kernels would compute with the region's own program: a few rows of random numbers, fp64, CPU.
 
 Nothing here comes from the rules by which a match was found: the program is the user's own arithmetic, and the kernels
-are described by their definition (ops/epilogue.py and the formula in fused.py).
+are described by their definition (spec/epilogue.py and the formula in fused.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph.values import size_hint
 from ..lower.values import evaluate
-from ..ops.epilogue import apply, apply_with_slope
-from ..ops.program import Program, Step
+from ..spec.epilogue import apply, apply_with_slope
+from ..spec.program import Program, Step
 from .algebra import Poly
 from .fused import Count, Elem, NotFused, Wide
 from .match import Match, same_rows

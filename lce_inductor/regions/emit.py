@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
-from ..ops.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
+from ..spec.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
 from .facts import Crossing, bound, fact, filled_with, moved_dims, operand_tags
 from .labels import Labels
 from .spaces import Space, reached

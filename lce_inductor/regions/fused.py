@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..ops.program import Program, Ref, Rows, resolve
+from ..spec.program import Program, Ref, Rows, resolve
 from . import algebra
 from .algebra import Poly
 

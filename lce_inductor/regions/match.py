@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
-from ..ops.program import Program
-from ..ops.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
+from ..spec.program import Program
+from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
 from . import algebra
 from .algebra import Poly
 from .emit import Emitter

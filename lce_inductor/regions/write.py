@@ -15,8 +15,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..graph import second
 from ..graph.write import Writer
-from ..schedule import second
 from .facts import Crossing
 from .heads import Head, tangents_of
 from .labels import Labels
@@ -136,7 +136,7 @@ def two(writer: Writer, node: Node) -> Node:
 def _naming_inputs(
     writer: Writer, labels: Labels, what: Any, forward: bool, values: dict[Node, Node], value: Node
 ) -> Node:
-    """What a backward reads of the tangent names the inputs behind the head: see schedule/second.py."""
+    """What a backward reads of the tangent names the inputs behind the head: see graph/second.py."""
     if forward or what[0] not in labels.on_tangent or not (inputs := second.inputs_of([*labels.sources, value])):
         return value
     second.register_lowering()

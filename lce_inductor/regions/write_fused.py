@@ -15,8 +15,8 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph.write import Writer
-from ..ops.epilogue import unparse
-from ..ops.types import NO_TARGET, stat_dtype
+from ..spec.epilogue import unparse
+from ..spec.types import NO_TARGET, stat_dtype
 from .algebra import Poly
 from .heads import Head
 from .labels import Labels

@@ -9,7 +9,6 @@ import logging
 
 from torch.fx import Graph, Node
 
-from .. import records
 from ..config import Config
 from ..graph.write import sort
 from ..ops import schema  # noqa: F401  (registers the ops)
@@ -42,13 +41,11 @@ def move(graph: Graph, config: Config) -> dict[Node, str]:
         name = rewrite.describe(forward)
         where[forward] = "recompute"
         if config.gradients == "recompute":
-            records.count("gradients:recompute")
             log.debug("%s: gradients recompute the logits (4 products): gradients='recompute'", name)
             rewrite.recompute(graph, forward, backward)
             continue
         gradients = row_gradients(graph, forward, backward)
         if isinstance(gradients, Illegal):
-            records.count("gradients:recompute")
             level = logging.WARNING if config.gradients == "forward" else logging.DEBUG
             log.log(level, "%s: gradients recompute the logits (4 products): %s", name, gradients.why)
             rewrite.recompute(graph, forward, backward)
@@ -56,6 +53,5 @@ def move(graph: Graph, config: Config) -> dict[Node, str]:
         rewrite.merge(graph, forward, backward, gradients)
         sort(graph)  # what the next head's gradients depend on is read off the order
         where[forward] = "forward"
-        records.count("gradients:forward")
         log.debug("%s: gradients are computed in the forward (3 products)", name)
     return where

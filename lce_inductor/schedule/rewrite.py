@@ -10,10 +10,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..graph import second
 from ..graph.values import size_hint
 from ..graph.write import fake_mode
-from ..ops.chunking import plan
-from . import second
+from ..lower.plan import plan
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
 
 aten = torch.ops.aten

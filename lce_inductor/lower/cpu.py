@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .chunking import plan
-from .epilogue import apply, apply_with_slope
-from .types import (
+from ..spec.epilogue import apply, apply_with_slope
+from ..spec.types import (
     ARGMAX,
     LSE,
     MAX,
@@ -28,6 +27,7 @@ from .types import (
     lse_dtype,
     stat_dtype,
 )
+from .plan import plan
 
 Mask = tuple[bool, bool, bool]
 

@@ -1,6 +1,6 @@
 """Implementations for CUDA, and the choice between them.
 
-Anchored softmax (kernels/anchored.py) where its conditions hold; `_why_rows` lists them. Everywhere else, library
+Anchored softmax (lower/anchored.py) where its conditions hold; `_why_rows` lists them. Everywhere else, library
 products around one Triton row kernel: for each chunk of rows, logits into a buffer with padded rows, statistics and
 then the logits' gradient in place (kernels/rows.py), dX and dW from it. There the logits are rounded to the dtype of x
 exactly where eager rounds them.
@@ -21,10 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .chunking import plan
-from .epilogue import Steps
-from .products import input_gradient, logits_with_lse, pieces, weight_gradient
-from .types import (
+from ..spec.epilogue import Steps
+from ..spec.types import (
     ARGMAX,
     LSE,
     MAX,
@@ -39,6 +37,8 @@ from .types import (
     lse_dtype,
     stat_dtype,
 )
+from .plan import plan
+from .products import input_gradient, logits_with_lse, pieces, weight_gradient
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def available() -> bool:
 
 @functools.cache
 def _anchored() -> ModuleType:
-    from ..kernels import anchored
+    from . import anchored
 
     return anchored
 

@@ -29,15 +29,17 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .deferred_rules import View, answer, keeps_values
-from .history import deferred_read
-from .ops.epilogue import apply, parse
-from .unchanged import Steps, same, seal, traced
+from ..spec.epilogue import apply, parse
+from ..telling.history import deferred_read
+from .rules import View, answer, keeps_values
+from .seals import same, seal, traced
+from .steps import Steps
 
-# Between graph breaks torch.compile looks at every function that runs. What it does here when logits are read is not the
-# user's code, and Dynamo would trace half of it with real tensors where it expects its own.
-for _module in (__name__, answer.__module__):
-    torch._dynamo.trace_rules.add(_module)
+# Between graph breaks Dynamo looks at every function that runs. What runs here when logits are read is not the user's
+# code, and it would trace half of it, with real tensors where it expects its own.
+for _function in (answer, same, apply, deferred_read):
+    torch._dynamo.trace_rules.add(_function.__module__)
+torch._dynamo.trace_rules.add(__name__)
 
 _START = "these logits were returned by lce_inductor without being computed"
 _REMEDY = 'or keep real logits with lce_inductor.install(returned_logits="keep")'
@@ -297,9 +299,9 @@ defer_logits = torch.ops.lce_inductor.defer_logits.default
 """(x [..., H], weight [V, H], bias [V] or None, epilogue, compute_dtype, dtype, epilogue_after_cast, seal_x) ->
 DeferredLogits.
 
-x, weight and bias are cast to compute_dtype, the linear layer is applied, then the epilogue (see ops/epilogue.py), then
-the cast to dtype; or with epilogue_after_cast the cast, then the epilogue in that dtype. seal_x: others can see the
-memory of x, and may write to it in ways that torch does not count.
+x, weight and bias are cast to compute_dtype, the linear layer is applied, then the epilogue (see spec/epilogue.py),
+then the cast to dtype; or with epilogue_after_cast the cast, then the epilogue in that dtype. seal_x: others can see
+the memory of x, and may write to it in ways that torch does not count.
 """
 
 

@@ -17,8 +17,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
 from . import history
-from .config import Config
 from .records import HeadRecord, collecting, publish, size_text
 
 log = logging.getLogger("lce_inductor")

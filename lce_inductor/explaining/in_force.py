@@ -7,8 +7,8 @@ import inspect
 import types
 from typing import Any, NamedTuple
 
-from . import watch
-from .config import Config
+from ..config import Config
+from ..telling import watch
 
 _LOOKED_AT = 5000  # objects, on the search for compiled parts
 

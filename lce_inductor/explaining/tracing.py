@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import in_force, install
-from .config import Config
-from .reasons import REASONS
-from .records import HeadRecord, collect
+from .. import install
+from ..config import Config
+from ..reasons import REASONS
+from ..telling.records import HeadRecord, collect
+from . import in_force
 
 _VAGUE = "step_unsupported"  # Dynamo's reason for a graph that ends before a call it could not trace through
 

@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from . import install, table, tracing
-from .config import Config, make_config
+from .. import install
+from ..config import Config, make_config
+from ..telling import table
+from ..telling.records import HeadRecord, attach, size_text
+from . import tracing
 from .joined import across
-from .records import HeadRecord, attach, size_text
 from .tracing import GraphReport
 from .undisturbed import undisturbed
 

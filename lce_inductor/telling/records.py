@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from .reasons import REASONS
+from ..reasons import NOWHERE, REASONS
 
 log = logging.getLogger("lce_inductor")
-
-NOWHERE = "code without a file"  # made by exec(), or of torch itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +241,7 @@ def _of_stray(stray: Any) -> HeadRecord:
 
 
 def _stop(refusal: Any) -> str:
-    from .graph.values import source
+    from ..graph.values import source  # it needs torch
 
     node = refusal.node
     text = source(node) if node is not None else ""

@@ -24,11 +24,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.chunking import ChunkPlan, ceil_div, plan
-from ..ops.epilogue import Steps, reciprocal
-from ..ops.products import on_sectors, product, weight_gradient
-from ..ops.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
-from . import anchored_triton, hopper
+from ..kernels import anchored_triton, hopper
+from ..kernels.call import Call
+from ..spec.epilogue import Steps, reciprocal
+from ..spec.sizes import ceil_div
+from ..spec.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
+from .plan import ChunkPlan, plan
+from .products import on_sectors, product, weight_gradient
 
 Mask = tuple[bool, bool, bool]
 
@@ -95,16 +97,8 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
     return dx, dw.to(dtype), db.to(dtype)
 
 
-class Head:
-    """What the launches of one call share, as tensors; the engine's `launches` see all of it.
-
-    x [N, H], weight [V, H]; rows means rows of a chunk. None is what a call does not need.
-
-    Attributes:
-        lse, d: [N], d as the kernels say.
-        e: [rows, row_stride], E of a chunk. product: [rows, H], E @ weight. xs: [rows, H], u x.
-        class_sum, shift: [H] and [2], for the rows' sums of logits.
-    """
+class Head(Call):
+    """A call, and the order of its launches; the engine's `launches` see all of it."""
 
     def __init__(self, a: HeadArgs, stats: int, lse: Tensor | None = None) -> None:
         self.a, self.asked = a, stats
@@ -129,15 +123,12 @@ class Head:
         self.class_sum = self.shift = self.d = None
         self.product = self.xs = self.dx = self.dw = self.db = None
 
-    def f32(self, *shape: int) -> Tensor:
-        return self.a.x.new_empty(shape, dtype=torch.float32)
-
     def start(self, p: ChunkPlan, store: bool) -> None:
         """Anchors. Until they are launched the GPU waits, and every microsecond of the host is one of the step.
 
         store: there will be room for a chunk's exponentials.
         """
-        self.plan, self.store = p, store
+        self.rows, self.chunks, self.store = p.rows, p.count, store
         if self.N:
             if self.sum_logits is not None:
                 c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
@@ -154,10 +145,10 @@ class Head:
         self.e = e
         if self.N:
             self.launches.prepare_products(self)
-            self.launches.exponentials(self, 0, min(self.plan.rows, self.N), redo=False)
+            self.launches.exponentials(self, 0, min(self.rows, self.N), redo=False)
 
     def prepare_gradients(self, grads: RowGrads, mask: Mask) -> None:
-        g, x, rows = grads, self.x, self.plan.rows
+        g, x, rows = grads, self.x, self.rows
         self.grads = RowGrads(*(None if t is None else t.float() for t in g))
         if g.sum is not None and self.class_sum is None:
             self.class_sum = self.column_sums(self.weight, self.class_weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunking import ceil_div, round_up
+from ..spec.sizes import ceil_div, round_up
 
 # Below this many classes an unaligned product costs less than one more launch.
 _LEAST_SPLIT = 1024

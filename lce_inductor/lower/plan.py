@@ -19,6 +19,8 @@ import dataclasses
 import functools
 import math
 
+from ..spec.sizes import ceil_div, round_up
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -142,11 +144,3 @@ def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool
     copied = N * round_up(H, 16) * 2 if H % 16 else 0
     chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 8
     return copied + (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def round_up(a: int, b: int) -> int:
-    return ceil_div(a, b) * b

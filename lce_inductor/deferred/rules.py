@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .unchanged import traced
+from .seals import traced
 
 if TYPE_CHECKING:
-    from .deferred import DeferredLogits
+    from .tensor import DeferredLogits
 
 aten = torch.ops.aten
 
