@@ -20,8 +20,11 @@ import lce_inductor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full-inductor", action="store_true", help="run every spelling with code generation")
     parser.addoption("--programs", type=int, default=0, help="how many random programs to run; 0: the quick profile")
+
+
+# Every record of a trace would go through pytest's handlers, a tenth of the time of all tests; who needs them listens.
+logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture(autouse=True)

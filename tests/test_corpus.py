@@ -1,20 +1,22 @@
 """Every spelling of the corpus: right results everywhere, no held logits where it must be rewritten.
 
 Runs go through all of Inductor's graph passes but not through its code generation (see corpus/harness.py). A few
-spellings are also compiled for real; `--full-inductor` does so with all (LCE_FULL_INDUCTOR=1 does the same).
+spellings are also compiled for real. Each spelling runs in fp64, and in one other way (see turns.py); LCE_EVERYTHING=1
+runs all spellings in all ways, also through code generation.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from corpus import CASES, Case, Refuse, Rewrite, harness
 from corpus.codes import CROSSING, RETURNED, TOO_SMALL, UNSEEN
 from corpus.registry import Expectation
+from turns import EVERYTHING, turns
 
 import lce_inductor
 
@@ -33,9 +35,6 @@ SAMPLE = (
 GROWTH = 6  # tokens that the second call of a dynamic run has more
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_rewrite = pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if isinstance(c.expect, Rewrite)], ids=lambda c: c.name
-)
 
 
 def settle(case: Case, expect: Expectation, run: harness.Run) -> None:
@@ -85,33 +84,24 @@ def test_fp64(case: Case) -> None:
     check(case, torch.float64)
 
 
-@each_case
-def test_fp32_dynamic(case: Case) -> None:
-    if not case.dynamic:
-        pytest.skip("no dynamic shapes here")
+def dynamic(case: Case) -> None:
     check(case, torch.float32, dynamic=True)
 
 
-@each_case
-def test_fp32_no_grad(case: Case) -> None:
-    if case.no_grad is None:
-        pytest.skip("makes no sense without gradients")
+def no_grad(case: Case) -> None:
     check(case, torch.float32, grad=False)
 
 
-@pytest.mark.parametrize(
-    "case, dtype",
-    [pytest.param(c, d, id=f"{c.name}-{str(d).removeprefix('torch.')}") for c in CASES.values() for d in c.low],
-)
-def test_low_precision(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+def bfloat16(case: Case) -> None:
+    check(case, torch.bfloat16)
 
 
-@each_rewrite
-def test_limit_bites(case: Case) -> None:
+def float16(case: Case) -> None:
+    check(case, torch.float16)
+
+
+def limit_bites(case: Case) -> None:
     """Without the package the same run does hold the logits: the check above is not empty."""
-    if case.no_grad is None or not case.rows:
-        pytest.skip("nothing to compare with")
     (run,) = harness.compiled_run(case, torch.float32, grad=False)
     assert run.largest.largest >= case.limit
 
@@ -125,17 +115,35 @@ ATEN_UNTRACED = {
 ATEN_REFUSED = {"rows/permute-there-and-back": Refuse(CROSSING)}
 
 
-@each_case
-def test_aten_graph(case: Case) -> None:
+def aten_graph(case: Case) -> None:
     """The joint graph that AOTAutograd traces of the case as it stands: neither Dynamo nor Inductor simplified it."""
-    if case.unbacked or not case.fullgraph or case.no_grad is None:
-        pytest.skip("not one graph")
-    if case.name in ATEN_UNTRACED:
-        pytest.skip(ATEN_UNTRACED[case.name])
     run = harness.aten_run(case, torch.float64, lce_inductor)
     settle(case, Refuse(RETURNED) if case.deferred else ATEN_REFUSED.get(case.name, case.expect), run)
     eager = harness.eager_run(case, torch.float64)
     harness.check_close(case, run, eager, *harness.reference_run(case, torch.float64))
+
+
+def ways(case: Case) -> list[Callable[[Case], None]]:
+    """The ways in which a case makes sense, beside fp64 with sizes that are numbers."""
+    by_dtype = {torch.bfloat16: bfloat16, torch.float16: float16}
+    found = [by_dtype[dtype] for dtype in case.low]
+    if case.dynamic:
+        found.append(dynamic)
+    if case.no_grad is not None:
+        found.append(no_grad)
+        if isinstance(case.expect, Rewrite) and case.rows:
+            found.append(limit_bites)
+        if not case.unbacked and case.fullgraph and case.name not in ATEN_UNTRACED:  # one graph
+            found.append(aten_graph)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case, way",
+    [pytest.param(c, w, id=f"{c.name}-{w.__name__}") for c in CASES.values() for w in turns(c.name, ways(c))],
+)
+def test_another_way(case: Case, way: Callable[[Case], None]) -> None:
+    way(case)
 
 
 @pytest.mark.parametrize("name", ["adapter/lora-frozen-base", "adapter/lora-of-detached-state", "adapter/lora-capped"])
@@ -146,11 +154,8 @@ def test_no_gradient_of_a_frozen_base(name: str) -> None:
     assert run.counts["rewritten"] == 2 and programs == ["4"]
 
 
-@each_case
-def test_full_inductor(case: Case, request: pytest.FixtureRequest) -> None:
-    """With code generation."""
-    everything = request.config.getoption("--full-inductor", default=False) or os.environ.get("LCE_FULL_INDUCTOR")
-    if case.name not in SAMPLE and not everything:
-        pytest.skip("needs --full-inductor")
-    # Half of them with dynamic shapes; zlib, since hash() differs from run to run.
-    check(case, torch.float32, dynamic=case.dynamic and zlib.crc32(case.name.encode()) % 2 == 0, codegen=True)
+@pytest.mark.parametrize("name", CASES if EVERYTHING else SAMPLE)
+def test_full_inductor(name: str) -> None:
+    """With code generation; half of them with dynamic shapes."""
+    case = CASES[name]
+    check(case, torch.float32, dynamic=case.dynamic and zlib.crc32(name.encode()) % 2 == 0, codegen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from harness import check_graph, inference_graph, joint_graph, joint_of_make_fx
 from region_cases import KERNELS, NO_HEAD, REFUSED, REGION, Case, inputs
+from turns import turns
 
 TENSORS = inputs()
 REFUSALS = {f"{code}: {name}": case for code, found in REFUSED.items() for name, case in found.items()}
@@ -35,36 +39,39 @@ def tier(name: str) -> set[str]:
     return {"kernels", "region", name.partition(":")[0]}
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_with_numbers_for_sizes(name):
+def numbers(name: str) -> None:
     found = check_graph(joint_graph(ALL[name][1], *arguments(ALL[name])))
     assert set(found) <= tier(name) and bool(found) == (name not in NO_HEAD)
 
 
-def with_guards(name: str):
-    marks = [pytest.mark.xfail(strict=True, reason="a guard is added")] if name in GUARDED else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", map(with_guards, [*KERNELS, *REGION]))
-def test_with_symbols_for_sizes(name):
-    """The same tiers, and no guard more."""
+def symbols(name: str) -> None:
+    """The same tiers, and no guard more. What is refused may be refused for another reason."""
     found = check_graph(joint_graph(ALL[name][1], *arguments(ALL[name]), dynamic=True))
-    assert name in STATIC_ONLY or set(found) <= tier(name)
+    assert name not in {**KERNELS, **REGION} or name in STATIC_ONLY or set(found) <= tier(name)
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refused_with_symbols_for_sizes(name):
-    """Never wrong; a size that is a symbol may be another reason."""
-    check_graph(joint_graph(ALL[name][1], *arguments(ALL[name]), dynamic=True))
-
-
-@pytest.mark.parametrize("name", [*KERNELS, *REGION])
-def test_without_gradients(name):
-    if name.startswith("checkpoint"):
-        pytest.skip("nothing to recompute")
+def no_gradients(name: str) -> None:
     found = check_graph(inference_graph(ALL[name][1], *arguments(ALL[name])))
-    assert not set(found) & {"internal-error"}
+    assert "internal-error" not in found
+
+
+def ways(name: str) -> list[Callable[[str], None]]:
+    inference = name in {**KERNELS, **REGION} and not name.startswith("checkpoint")  # it has nothing to recompute
+    return [numbers, *([symbols] if name not in NO_HEAD else []), *([no_gradients] if inference else [])]
+
+
+def cases() -> list[Any]:
+    marks = [pytest.mark.xfail(strict=True, reason="a guard is added")]
+    found = [(n, w) for n in ALL for w in turns(n, ways(n))] + [(n, symbols) for n in GUARDED]
+    return [
+        pytest.param(n, w, id=f"{n}-{w.__name__}", marks=marks if n in GUARDED and w is symbols else [])
+        for n, w in dict.fromkeys(found)
+    ]
+
+
+@pytest.mark.parametrize("name, way", cases())
+def test_a_graph(name: str, way: Callable[[str], None]) -> None:
+    way(name)
 
 
 SIZES = [
