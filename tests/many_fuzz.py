@@ -28,10 +28,10 @@ KINDS = {
     "grad_modes": "grad_modes", "arguments": "argument_cases", "broadcasts": "broadcast_cases",
     "mutations": "mutation_cases", "opinfo": "opinfo_cases", "rows": "row_programs",
 }  # fmt: skip
-BATCH = 250
+BATCH = 100
 
 
-def batch(kind: str, seed: int, count: int) -> tuple[Counter[str], list[tuple[str, str]]]:
+def batch(kind: str, seed: int, count: int, until: float) -> tuple[Counter[str], list[tuple[str, str]]]:
     """Counts of verdicts, and the failures: what was wrong, and the program."""
     import torch
     from oracle import quiet
@@ -42,6 +42,8 @@ def batch(kind: str, seed: int, count: int) -> tuple[Counter[str], list[tuple[st
     counts: Counter[str] = Counter()
     failures = []
     for program in itertools.islice(_programs(kind, seed), count):
+        if time.time() > until:
+            break
         verdict = program.check()
         counts[verdict.kind] += 1
         counts["rewritten" if verdict.rewritten else "left"] += 1
@@ -60,20 +62,24 @@ def main(kind: str = "", argv: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no program after so long")
     parser.add_argument("--save", type=Path, help="a folder for the programs that failed")
     options = parser.parse_args(argv)
+    start, saved = time.time(), 0
     kinds = list(KINDS) if options.kind == "all" else [options.kind]
     jobs = []
     for k in kinds:
         share = -(-options.programs // len(kinds))
-        jobs += [(k, options.seed + i, min(BATCH, share - at)) for i, at in enumerate(range(0, share, BATCH))]
+        jobs += [
+            (k, options.seed + i, min(BATCH, share - at), start + options.seconds)
+            for i, at in enumerate(range(0, share, BATCH))
+        ]
     total: dict[str, Counter[str]] = {k: Counter() for k in kinds}
-    start, saved = time.time(), 0
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.processes, context, max_tasks_per_child=1) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.processes, context, max_tasks_per_child=4) as pool:
         running = {pool.submit(batch, *job): job for job in jobs}
         for done in concurrent.futures.as_completed(running):
-            kind, seed, _ = running[done]
+            kind, seed, *_ = running[done]
             counts, failures = done.result()
             total[kind] += counts
             for what, source in failures:
