@@ -11,6 +11,7 @@ the region's own program. What is found is compared with the program in numbers 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -144,8 +145,7 @@ class Evaluate:
     # -- one step
 
     def _step(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        name = getattr(op, "__name__", "")
-        if name == "getitem":
+        if op is operator.getitem:
             if not isinstance(args[0], Several):
                 raise NotFused("an item")
             return args[0].items[args[1]]

@@ -12,6 +12,35 @@ from .labels import PRODUCTS
 from .tags import is_one, shape_of
 
 aten = torch.ops.aten
+# Products that nothing here computes, and layers that are made of products. Not every torch has all of them.
+_FOREIGN = {
+    getattr(aten, name)
+    for name in """
+    _addmm_activation _dyn_quant_matmul_4bit _foreach_mm _grouped_mm _int_mm _mixed_dtypes_linear _scaled_grouped_mm
+    _scaled_grouped_mm_v2 _scaled_mm _scaled_mm_v2 _sparse_mm _sparse_semi_structured_linear _sparse_semi_structured_mm
+    _trilinear _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int8pack_mm addbmm addmv addr baddbmm bilinear
+    dot einsum linalg_matmul linear matmul mkldnn_linear mv
+    _conv_depthwise2d _convolution _slow_conv2d_forward conv_depthwise3d convolution convolution_overrideable
+    cudnn_convolution miopen_convolution mkldnn_convolution slow_conv3d slow_conv_dilated2d slow_conv_dilated3d
+    slow_conv_transpose2d slow_conv_transpose3d
+    _cudnn_attention_forward _efficient_attention_forward _flash_attention_forward _native_multi_head_attention
+    _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention
+    _cudnn_rnn _thnn_fused_gru_cell _thnn_fused_lstm_cell gru gru_cell lstm lstm_cell miopen_rnn mkldnn_rnn_layer
+    quantized_gru quantized_lstm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
+    convolution_backward linear_backward matmul_backward mkldnn_linear_backward
+    _efficient_attention_backward _flash_attention_backward _scaled_dot_product_cudnn_attention_backward
+    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_flash_attention_backward
+    _scaled_dot_product_flash_attention_for_cpu_backward _cudnn_rnn_backward mkldnn_rnn_layer_backward
+    """.split()
+    if hasattr(aten, name)
+}
+_ATTENTION = {
+    getattr(torch.ops.higher_order, name)
+    for name in ("flex_attention", "flex_attention_backward")
+    if hasattr(torch.ops.higher_order, name)
+}
 
 
 class Head(NamedTuple):
@@ -74,11 +103,11 @@ def _is_weight(node: Node, others: list[Node]) -> bool:
 
 
 def is_product(node: Node) -> bool:
-    name = str(node.target)
-    return node.op == "call_function" and (
-        node.target in PRODUCTS
-        or any(word in name for word in ("attention", "convolution", "_mm", "linear", "lstm", "gru"))
-    )
+    """A product of matrices or what is made of some, ours or not."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    return target in PRODUCTS or target in _ATTENTION or getattr(target, "overloadpacket", None) in _FOREIGN
 
 
 def _is_head(node: Node) -> bool:

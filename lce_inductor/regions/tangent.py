@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Tangent:
             return [args[0]]  # type: ignore[list-item]
         if target is aten.cat.default and all(self._on(a) or is_zero(a) for a in args[0]):  # type: ignore[union-attr]
             return [a for a in args[0] if self._on(a)]  # type: ignore[union-attr]
-        if getattr(target, "__name__", "") == "getitem":
+        if target is operator.getitem:
             return [args[0]]  # type: ignore[list-item]
         if target is FMA and FMA is not None:  # a * b + c
             a, b, c = args
