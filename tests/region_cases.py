@@ -139,6 +139,13 @@ KERNELS: dict[str, Case] = {
 }  # fmt: skip
 
 REGION: dict[str, Case] = {
+    "stack of two heads": ("x w w2", lambda x,w,v: torch.stack([L(x,w).log_softmax(-1),L(x,v).log_softmax(-1)]).logsumexp(0).square().sum()),
+    "stack before the classes": ("x3 w w2", lambda x,w,v: torch.stack([L(x,w),L(x,v)],2).log_softmax(-1).prod(2).sum()),
+    "stack between rows": ("x3 w w2 y3", lambda x,w,v,y: (lambda z: CE(z[:,0].flatten(0,1),y.flatten())+CE(z[:,1,1:].flatten(0,1),y[:,1:].flatten()))(torch.stack([L(x,w),L(x,v)],1))),
+    "stack behind the classes": ("x w w2", lambda x,w,v: torch.stack([L(x,w),L(x,v)],-1).max(-1).values.logsumexp(-1).sum()),
+    "stack of one head twice": ("x w s", lambda x,w,s: (lambda z: torch.stack([z,z*s,z]).softmax(-1).square().sum())(L(x,w))),
+    "stack of a head and of numbers": ("x w soft", lambda x,w,q: torch.stack([L(x,w),q]).logsumexp(0).sum()),
+    "stack of statistics": ("x w w2", lambda x,w,v: torch.stack([L(x,w).logsumexp(-1),L(x,v).logsumexp(-1)]).softmax(0).square().sum()),
     "N==V targets": ("xs w ysq", lambda x,w,y: (lambda z: z.log_softmax(-1).gather(1,torch.stack([y,y.flip(0)],1)).sum())(L(x,w))),
     "B==1 softmax over batch": ("xb1 w yb1", lambda x,w,y: L(x,w).softmax(0).sum()+CE(L(x,w).flatten(0,1),y.flatten())),
     "T==1 softmax over T": ("xt1 w yt1", lambda x,w,y: (L(x,w).softmax(1)*L(x,w)).sum()),

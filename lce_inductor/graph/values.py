@@ -86,3 +86,18 @@ def source(node: Node | None) -> str:
     frame = frames[-1]
     code = (frame["code"] or "").strip()
     return f"{frame['file']}:{frame['line']}" + (f": {code}" if code else "")
+
+
+aten = torch.ops.aten
+_VIEWS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.slice.Tensor, aten.select.int,
+)  # fmt: skip
+
+
+def is_given(node: Node) -> bool:
+    """Is this an input of the graph, however viewed? Torch.compile alone need not hold what the graph computes."""
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op != "call_function"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph.values import size_hint
+from ..graph.values import is_given, size_hint
 from ..spec.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
-from .facts import Crossing, bound, fact, filled_with, moved_dims, operand_tags
+from .facts import VIEWS, Crossing, bound, fact, filled_with, moved_dims, operand_tags, stacked
 from .labels import Labels
 from .spaces import Space, reached
 from .tags import (
@@ -32,11 +32,6 @@ aten = torch.ops.aten
 
 # How far back the making of an input is looked at, to find values of the size of the logits in it.
 _FAR = 64
-_VIEWS = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default,
-    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.slice.Tensor, aten.select.int,
-)  # fmt: skip
 _DROPPED = ("memory_format", "layout", "pin_memory", "device", "non_blocking", "requires_grad")
 
 
@@ -200,7 +195,7 @@ class Emitter:
             return self._input("whole", node, tags, home)
         if self._reaches_wide(node, tags, home, _FAR):
             return self._computed(node, tags, home)
-        if self._is_wide(node, tags, home) and not _is_given(node):
+        if self._is_wide(node, tags, home) and not is_given(node):
             self._operands(node, tags)  # says why it can't be computed row by row
             raise Crossing("values of the size of the logits would have to exist")
         return self._input("rows", node, tags, home)
@@ -285,6 +280,11 @@ class Emitter:
                 refs.append(self.value(arg, here, self._home(arg, home)))
         if any(r is None for r in refs):
             return self._with_zeros(node, wanted, refs)
+        if found.kind == "stack":
+            tensors, dim = stacked(node)  # type: ignore[misc]
+            at = position(tags, dim)
+            each = {a: self._step(aten.unsqueeze.default, (r, at), {}) for (a, _), r in zip(wanted, refs)}
+            return self._step(aten.cat.default, ([each[t] for t in tensors], at), {})
         if found.kind == "full":
             return self._filled(node, tags, filled_with(node))
         if found.kind == "new":
@@ -334,6 +334,8 @@ class Emitter:
 
     def _with_zeros(self, node: Node, wanted: list[tuple[Node, str]], refs: list[Any]) -> Any:
         """Of a sum of gradients of several selections, the part of this one."""
+        if node.target in VIEWS:
+            raise Crossing("gradients of several selections are stacked")
         if node.target not in (aten.add.Tensor, aten.sub.Tensor):
             return None
         if all(r is None for r in refs):
@@ -485,10 +487,3 @@ class Emitter:
     def _index_of(self, ref: Ref) -> int:
         """Which of the tensors of its kind an input is."""
         return self.kinds[: ref.index].count(self.kinds[ref.index])
-
-
-def _is_given(node: Node) -> bool:
-    """Is this an input of the graph, however viewed? Torch.compile alone need not hold what the graph computes."""
-    while node.op == "call_function" and node.target in _VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op != "call_function"

@@ -329,9 +329,32 @@ def squeeze(node: Node) -> Fact:
     return Fact([(x, [None if d in gone else kept.index(d) for d in range(len(shape))])], kind="reshape")  # type: ignore[list-item]
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@rule(*VIEWS)
 def view(node: Node) -> Fact:
+    found = stacked(node)
+    if found is not None:
+        tensors, dim = found
+        dims: Map = [d for d in range(rank(node)) if d != dim]
+        return Fact([(t, dims) for t in dict.fromkeys(tensors)], kind="stack")
     return Fact([(node.args[0], [])], kind="view")  # type: ignore[list-item]
+
+
+def stacked(node: Node) -> tuple[list[Node], int] | None:
+    """What torch.stack is of, and along which dimension: it comes as a view of a cat, in which rows would meet rows."""
+    if node.target not in VIEWS:
+        return None
+    cat = node.args[0]
+    if not isinstance(cat, Node) or cat.target is not aten.cat.default:
+        return None
+    tensors, shape = list(cat.args[0]), shape_of(node) or ()  # type: ignore[arg-type]
+    dim = at(bound(cat)["dim"], rank(cat))
+    one = shape[:dim] + shape[dim + 1 :]
+    alike = all(len(p) == len(one) and all(map(same_size, p, one)) for p in (shape_of(t) or () for t in tensors))
+    whole = len(tensors) > 1 and len(shape) > dim and shape[dim] == len(tensors)
+    return (tensors, dim) if whole and alike else None
 
 
 @rule(aten.full.default, aten.scalar_tensor.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)

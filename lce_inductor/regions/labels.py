@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.values import size_hint
-from .facts import Crossing, Fact, at, bound, fact, result_tags
+from .facts import Crossing, Fact, at, bound, fact, result_tags, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
 
@@ -123,7 +123,10 @@ class Labels:
     # -- one node
 
     def _visit(self, node: Node) -> None:
-        args = [a for a in node.all_input_nodes if a in self.of]
+        if node.target is aten.cat.default and node.users and all(map(stacked, node.users)):
+            return  # its views are what is labelled
+        parts = stacked(node)
+        args = [a for a in (parts[0] if parts else node.all_input_nodes) if a in self.of]
         if not args:
             if any(a in self.beyond for a in node.all_input_nodes):
                 self._beyond(node)

@@ -73,7 +73,7 @@ class EarlyExits(nn.Module):
         return torch.stack(losses).mean()
 
 
-@case("heads/codebooks-stacked-selected", Refuse(codes.CROSSING), heads=2)
+@case("heads/codebooks-stacked-selected", heads=2)
 def codebooks_stacked(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor) -> Tensor:
     logits = torch.stack([F.linear(h, w) for w in (weight, weight2)], dim=1)
     loss = h.new_zeros(())
@@ -83,7 +83,7 @@ def codebooks_stacked(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor)
     return loss / 2
 
 
-@case("heads/codebooks-stacked-sliced", Refuse(codes.CROSSING), heads=2, rows=16, low=(BF16,))
+@case("heads/codebooks-stacked-sliced", heads=2, rows=16, low=(BF16,))
 def codebooks_sliced(h: Tensor, weight: Tensor, weight2: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     logits = torch.stack([F.linear(h, w) for w in (weight, weight2)], dim=1)[:, :, -8:]
     labels = codes[:, -8:].masked_fill(~mask[:, -8:, None], -100)

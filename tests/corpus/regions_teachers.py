@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import codes
-from .registry import Refuse, case
+from .registry import case
 
 BF16 = torch.bfloat16
 
@@ -43,7 +42,7 @@ def reverse_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Ten
     return (loss * mask).sum() / mask.sum()
 
 
-@case("teacher/jensen-shannon", Refuse(codes.CROSSING), heads=2)
+@case("teacher/jensen-shannon", heads=2)
 def jensen_shannon(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor) -> Tensor:
     found = F.linear(h, weight).log_softmax(-1)
     wanted = F.linear(teacher_h, teacher_weight).log_softmax(-1)
@@ -52,6 +51,20 @@ def jensen_shannon(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight:
         middle, wanted, log_target=True, reduction="none"
     )
     return 0.5 * kl.sum(-1).mean()
+
+
+@case("teacher/generalised-jensen-shannon-stacked", heads=2)
+def gkd_stacked(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+    """As trainers of generalised knowledge distillation write it."""
+    beta = torch.tensor(0.3, dtype=h.dtype)
+    student = F.log_softmax(F.linear(h, weight) / 0.9, dim=-1)
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(teacher_h, teacher_weight) / 0.9, dim=-1)
+    mixture = torch.logsumexp(torch.stack([student + torch.log(1 - beta), teacher + torch.log(beta)]), dim=0)
+    to_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
+    to_student = F.kl_div(mixture, student, reduction="none", log_target=True)
+    loss = beta * to_teacher + (1 - beta) * to_student
+    return (loss.sum(-1) * (labels != -100)).sum() / (labels != -100).sum()
 
 
 @case("teacher/jensen-shannon-of-probabilities", heads=2)
