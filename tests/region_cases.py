@@ -139,6 +139,11 @@ KERNELS: dict[str, Case] = {
 }  # fmt: skip
 
 REGION: dict[str, Case] = {
+    "unbind classes": ("x w", lambda x,w: (lambda z: z.logsumexp(-1).sum()+z.unbind(1)[3].sum())(L(x,w))),
+    "unbind groups of classes": ("x wh y8", lambda x,w,y: sum(CE(z,y%4) for z in L(x,w).view(24,2,4).unbind(1))),
+    "unbind groups in front of rows": ("x3 w w2 y3", lambda x,w,v,y: sum(CE(z.flatten(0,1),y.flatten()) for z in torch.stack([L(x,w),L(x,v)]).unbind(0))),
+    "chunks of classes": ("x big", lambda x,w: (lambda a,b: (a*b).logsumexp(-1).sum()+a.amax(-1).sum())(*L(x,w).chunk(2,-1))),
+    "split classes": ("x w y", lambda x,w,y: (lambda a,b,c: CE(a,y%10)+CE(b,y%20)*2+c.square().sum())(*L(x,w).split([10,20,7],-1))),
     "stack of two heads": ("x w w2", lambda x,w,v: torch.stack([L(x,w).log_softmax(-1),L(x,v).log_softmax(-1)]).logsumexp(0).square().sum()),
     "stack before the classes": ("x3 w w2", lambda x,w,v: torch.stack([L(x,w),L(x,v)],2).log_softmax(-1).prod(2).sum()),
     "stack between rows": ("x3 w w2 y3", lambda x,w,v,y: (lambda z: CE(z[:,0].flatten(0,1),y.flatten())+CE(z[:,1,1:].flatten(0,1),y[:,1:].flatten()))(torch.stack([L(x,w),L(x,v)],1))),

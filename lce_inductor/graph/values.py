@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 # Hint for a size that has none (data-dependent): large, as a loss over selected rows usually is.
 _UNKNOWN_SIZE = 8192
@@ -101,3 +101,13 @@ def is_given(node: Node) -> bool:
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node.op != "call_function"
+
+
+def dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]:
+    """Nodes that depend on these; without `sizes`, a size says nothing about the values of what it is the size of."""
+    found = set(roots)
+    for node in graph.nodes:
+        counts = sizes or not isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if counts and any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found

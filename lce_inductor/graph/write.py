@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -29,7 +30,7 @@ class Writer:
         with self.graph.inserting_before(self.point):
             node = self.graph.call_function(target, args, kwargs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with fake_mode((values, self._known)):
+        with fake_mode((values, self._known)) as mode, no_symbols(mode):
             node.meta["val"] = target(*values[0], **values[1])
         if self.like is not None:
             keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
@@ -114,6 +115,38 @@ def can_size(graph: Graph, expr: Any, avoid: set[Node]) -> bool:
         return True
     parts = expr.args if isinstance(expr, (sympy.Mul, sympy.Add)) else factors(expr)
     return len(parts) > 1 and all(can_size(graph, a, avoid) for a in parts)
+
+
+def no_symbols(mode: Any) -> Any:
+    """Sizes that only a run tells are not new ones in here: see `rebind`."""
+    env = getattr(mode, "shape_env", None)
+    return contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+
+
+def rebind(node: Node, shape: Sequence[Any]) -> None:
+    """Of a node that selects by values anew what another one selects: its sizes are those of the other.
+
+    shape: with the other's symbols. The node defines them for what reads it, since the other will be gone.
+    """
+    fresh = {s for s in map(_expression, shape) if isinstance(s, sympy.Symbol)}
+    known: dict[Any, Any] = {}
+    bindings: dict[Any, Any] = {}
+    for other in node.graph.nodes:
+        value = other.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) and other is not node else ():
+            if isinstance(s, torch.SymInt) and s.node.expr in fresh:
+                known.setdefault(s.node.expr, s)
+        found = other.meta.get("unbacked_bindings") or {}
+        bindings.update({k: v for k, v in found.items() if k in fresh and len(found) == 1})
+    value = node.meta["val"]
+    with fake_mode(value):
+        node.meta["val"] = value.new_empty([known.get(_expression(s), s) for s in shape])
+    if bindings:
+        node.meta["unbacked_bindings"] = bindings
+
+
+def _expression(s: Any) -> Any:
+    return s.node.expr if isinstance(s, torch.SymInt) else s
 
 
 def fake_mode(values: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..graph.values import is_given, size_hint
 from ..spec.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
-from .facts import VIEWS, Crossing, bound, fact, filled_with, moved_dims, operand_tags, stacked
+from .facts import VIEWS, Crossing, at, bound, filled_with, moved_dims, operand_tags, stacked
 from .labels import Labels
 from .spaces import Space, reached
 from .tags import (
@@ -233,7 +233,7 @@ class Emitter:
 
     def _operands(self, node: Node, tags: str) -> list[tuple[Node, str]]:
         """Operands with their tags, where a node has these."""
-        found = fact(node)
+        found = self.labels.fact(node)
         if found.kind == "view":
             before = through_view(tags, shape_of(node) or (), shape_of(node.args[0]) or ())
             if before is None:
@@ -241,8 +241,11 @@ class Emitter:
             return [(node.args[0], before)]  # type: ignore[list-item]
         if found.kind == "getitem":
             source = node.args[0]
-            if source.target is aten.unbind.int or len(shape_of(source) or ()) != len(tags):  # type: ignore[union-attr]
+            if len(shape_of(source) or ()) != len(tags):
                 raise Crossing("an item of another rank")
+            if source.target is aten.unbind.int:  # type: ignore[union-attr]
+                x, dim = _unbound(source)
+                return [(x, tags[:dim] + LOCAL + tags[dim:])]
             return [(source, tags)]  # type: ignore[list-item]
         wanted = operand_tags(node, found, tags)
         for (arg, here), (_, dims) in zip(wanted, found.operands):
@@ -258,7 +261,7 @@ class Emitter:
     def _computed(self, node: Node, tags: str, home: Space) -> Any:
         if node.op != "call_function":
             raise Crossing(f"{node} is no call")
-        found = fact(node)
+        found = self.labels.fact(node)
         wanted = self._operands(node, tags)
         if found.kind == "view":
             ((source, before),) = wanted
@@ -267,6 +270,9 @@ class Emitter:
         if found.kind == "getitem":
             ((source, before),) = wanted
             ref = self.value(source, before, home)
+            if ref is not None and node.args[0].target is aten.unbind.int:  # type: ignore[union-attr]
+                _, dim = _unbound(node.args[0])
+                return self._step(aten.select.int, (ref, position(before, dim), node.args[1]), {})
             return None if ref is None else self._step(operator.getitem, (ref, node.args[1]), {})
         refs: list[Any] = []
         apart = self.space is not home.find() and node in self.labels.of and self._has_native_part(node)
@@ -282,9 +288,9 @@ class Emitter:
             return self._with_zeros(node, wanted, refs)
         if found.kind == "stack":
             tensors, dim = stacked(node)  # type: ignore[misc]
-            at = position(tags, dim)
-            each = {a: self._step(aten.unsqueeze.default, (r, at), {}) for (a, _), r in zip(wanted, refs)}
-            return self._step(aten.cat.default, ([each[t] for t in tensors], at), {})
+            new = position(tags, dim)
+            each = {a: self._step(aten.unsqueeze.default, (r, new), {}) for (a, _), r in zip(wanted, refs)}
+            return self._step(aten.cat.default, ([each[t] for t in tensors], new), {})
         if found.kind == "full":
             return self._filled(node, tags, filled_with(node))
         if found.kind == "new":
@@ -487,3 +493,9 @@ class Emitter:
     def _index_of(self, ref: Ref) -> int:
         """Which of the tensors of its kind an input is."""
         return self.kinds[: ref.index].count(self.kinds[ref.index])
+
+
+def _unbound(node: Node) -> tuple[Node, int]:
+    """What is unbound, and along which dimension."""
+    x, dim = bound(node).values()
+    return x, at(dim, len(shape_of(x) or ()))

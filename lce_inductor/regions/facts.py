@@ -334,11 +334,6 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @rule(*VIEWS)
 def view(node: Node) -> Fact:
-    found = stacked(node)
-    if found is not None:
-        tensors, dim = found
-        dims: Map = [d for d in range(rank(node)) if d != dim]
-        return Fact([(t, dims) for t in dict.fromkeys(tensors)], kind="stack")
     return Fact([(node.args[0], [])], kind="view")  # type: ignore[list-item]
 
 
@@ -355,6 +350,13 @@ def stacked(node: Node) -> tuple[list[Node], int] | None:
     alike = all(len(p) == len(one) and all(map(same_size, p, one)) for p in (shape_of(t) or () for t in tensors))
     whole = len(tensors) > 1 and len(shape) > dim and shape[dim] == len(tensors)
     return (tensors, dim) if whole and alike else None
+
+
+def stack(node: Node) -> Fact:
+    """Of a view that is one."""
+    tensors, dim = stacked(node)  # type: ignore[misc]
+    dims: Map = [d for d in range(rank(node)) if d != dim]
+    return Fact([(t, dims) for t in dict.fromkeys(tensors)], kind="stack")
 
 
 @rule(aten.full.default, aten.scalar_tensor.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)

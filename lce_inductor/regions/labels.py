@@ -12,14 +12,15 @@ its heads, which are then left alone.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import size_hint
-from .facts import Crossing, Fact, at, bound, fact, result_tags, stacked
+from ..graph.values import dependents, size_hint
+from .facts import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
 
@@ -70,6 +71,7 @@ class Labels:
         self.sources: list[Node] = []
         self._classes: dict[Space, int] = {}
         self._facts: dict[Node, Fact] = {}
+        self.stacks: set[Node] = set()  # cats that are read as what torch.stack gives
         self.passes: dict[Node, list[Node]] = {}  # nodes that select rows, or put them back, and of what
         self.behind: set[Node] = set()  # narrow nodes behind wide ones of the backward
 
@@ -123,10 +125,11 @@ class Labels:
     # -- one node
 
     def _visit(self, node: Node) -> None:
-        if node.target is aten.cat.default and node.users and all(map(stacked, node.users)):
+        if node.target is aten.cat.default and self._is_stack(node):
+            self.stacks.add(node)
             return  # its views are what is labelled
-        parts = stacked(node)
-        args = [a for a in (parts[0] if parts else node.all_input_nodes) if a in self.of]
+        whole = node.args[0] if self._views_stack(node) else node
+        args = [a for a in whole.all_input_nodes if a in self.of]  # type: ignore[union-attr]
         if not args:
             if any(a in self.beyond for a in node.all_input_nodes):
                 self._beyond(node)
@@ -150,6 +153,20 @@ class Labels:
             self._leave(node, args, Crossing("what several rows were added up to comes back to the rows"))
         elif node in self.on_tangent and any(self.wide(a) or a in self.behind for a in args):
             self.behind.add(node)
+
+    def _is_stack(self, cat: Node) -> bool:
+        """Of several heads, or of one head several times; not of rows that were taken apart and come together again."""
+        spaces = {self.of[t].space.find() for t in cat.all_input_nodes if t in self.of}
+        apart = any(related(a, b) for a, b in itertools.combinations(spaces, 2))
+        return bool(spaces) and not apart and bool(cat.users) and all(map(stacked, cat.users))
+
+    def fact(self, node: Node) -> Fact:
+        if node not in self._facts:
+            self._facts[node] = stack(node) if self._views_stack(node) else fact(node)
+        return self._facts[node]
+
+    def _views_stack(self, node: Node) -> bool:
+        return bool(node.args) and isinstance(node.args[0], Node) and node.args[0] in self.stacks
 
     def _beyond(self, node: Node) -> None:
         self.beyond.add(node)
@@ -221,7 +238,7 @@ class Labels:
             return moved
         if node.target in PRODUCTS:
             raise Crossing("a matrix product reads the logits", "product")
-        found = self._facts.setdefault(node, fact(node))
+        found = self.fact(node)
         if found.kind == "getitem":
             return self._item(node, args[0])
         if node.target in SPLITS and (tags := self.of[args[0]].tags)[at(bound(node)["dim"], len(tags))] == ROW:
@@ -243,13 +260,10 @@ class Labels:
 
     def _item(self, node: Node, source: Node) -> Label:
         label = self.of[source]
-        if source.target in SPLITS:
-            a, tags = bound(source), label.tags
-            dim = at(a["dim"], len(tags))
-            if tags[dim] == ROW:
-                self.passes[node] = [source]
-                return self._moved(node, label, *self._piece(source, node.args[1], tags, dim))
-            return label._replace(tags=tags if source.target is not aten.unbind.int else tags[:dim] + tags[dim + 1 :])
+        if source.target in SPLITS and source in self.passes:
+            self.passes[node] = [source]
+            dim = at(bound(source)["dim"], len(label.tags))
+            return self._moved(node, label, *self._piece(source, node.args[1], label.tags, dim))
         if len(shape_of(node) or ()) != len(label.tags):
             raise Crossing("an item of another rank")
         return label
@@ -483,12 +497,3 @@ def is_zero(node: Any) -> bool:
         return True
     same = (aten.expand.default, aten.view.default, aten.alias.default, aten.clone.default)
     return node.target in same and is_zero(node.args[0])
-
-
-def dependents(graph: Graph, roots: set[Node]) -> set[Node]:
-    """Nodes whose values depend on these; a size says nothing about the values of what it is the size of."""
-    found = set(roots)
-    for node in graph.nodes:
-        if not isinstance(node.meta.get("val"), (int, torch.SymInt)) and any(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.write import rebind
 from .facts import at, bound
 from .tags import ROW, Size, product, same_size, shape_of
 
@@ -243,6 +244,8 @@ def apply(move: Move, call: Any, value: Node, locals_: list[Any]) -> Node:
     if move.target is aten.index.Tensor:
         first, _, tensors = move.args
         x = call(aten.index.Tensor, x, [None] * first + list(tensors))
+        if any(t.meta["val"].dtype in (torch.bool, torch.uint8) for t in tensors):
+            rebind(x, [*move.rows_after, *locals_])
     elif move.target is aten.permute.default:
         order = move.args[0]
         x = call(aten.permute.default, x, [*order, *range(len(order), len(order) + len(locals_))])

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
+from ..graph.values import dependents
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 ops = torch.ops.lce_inductor
@@ -115,9 +117,9 @@ class _Evaluate:
         self.graph, self.forward, self.lse = graph, forward, lse
         tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
         # Through data only; `behind` counts what merely reads a size, too.
-        self.on_tangent = _dependents(graph, set(tangents))
-        self.on_head = _dependents(graph, {forward})
-        self.behind = _dependents(graph, {forward, *tangents}, sizes=True)
+        self.on_tangent = dependents(graph, set(tangents))
+        self.on_head = dependents(graph, {forward})
+        self.behind = dependents(graph, {forward, *tangents}, sizes=True)
         self._cleaned: dict[Node, Any] = {}
         self.tangents = set(tangents)
         self.roots: set[Node] = set()
@@ -300,15 +302,6 @@ class _Evaluate:
         if value.dim() == 0 or scalar:
             return self._write(aten.full.default, ([], 0), node, {"dtype": value.dtype, "device": value.device})
         raise _NotLinear("a part of a row gradient depends on lse, another does not")
-
-
-def _dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]:
-    """Nodes that depend on roots; a size says nothing about the values of what it is the size of."""
-    found = set(roots)
-    for node in graph.nodes:
-        if (sizes or not _is_size(node)) and any(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_size(node: Node) -> bool:
