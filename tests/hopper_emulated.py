@@ -32,7 +32,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         hopper, "products",
         lambda device, dtype: hopper.Products(*(Product(v, launched) for v in hopper._PRODUCTS[dtype])),
     )  # fmt: skip
-    monkeypatch.setattr(hopper, "beats_library_at_dx", lambda *sizes: True)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(hopper, "_prepared", functools.lru_cache(hopper._prepared.__wrapped__))

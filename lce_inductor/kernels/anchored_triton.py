@@ -84,7 +84,7 @@ class Launches:
         )  # fmt: skip
 
     def product(self, h: Call, n: int) -> bool:
-        """False: the library's is faster."""
+        """False: left to the library, which is faster than Triton (NOTES.md)."""
         return False
 
     def spread(self, h: Call, row0: int, n: int, tail: int) -> None:

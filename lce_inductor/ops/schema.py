@@ -1,4 +1,4 @@
-"""Definition of the ops: schemas, fake kernels, autograd, and which implementation a device gets.
+"""Definition of the ops: schemas, fake kernels and autograd.
 
 Three ops on flat rows do the work of the fused kernels; the passes put them into graphs:
 
@@ -14,14 +14,13 @@ is a mask of the bits in spec/types.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..lower import cpu
+from ..lower import heads
 from ..spec.epilogue import parse
 from ..spec.types import (
     ARGMAX,
@@ -57,17 +56,6 @@ _lib.define(
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 
 
-@functools.cache
-def _impl(on_cuda: bool):  # type: ignore[no-untyped-def]
-    """The implementation for a device: Triton and library products on CUDA, ATen everywhere else."""
-    if on_cuda:
-        from ..lower import cuda
-
-        if cuda.available():
-            return cuda
-    return cpu
-
-
 def _args(
     x: Tensor,
     weight: Tensor,
@@ -84,7 +72,7 @@ def _args(
 def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
     check_inputs(x, weight, bias, target, class_weight)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    return _distinct(_impl(x.is_cuda).forward(a, stats))
+    return _distinct(heads.forward(a, stats))
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
@@ -94,7 +82,7 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
     grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
     _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    dx, dw, db = _impl(x.is_cuda).backward(a, lse, neg_entropy, grads, tuple(output_mask))
+    dx, dw, db = heads.backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
@@ -108,7 +96,7 @@ def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     check_inputs(x, weight, bias, target, class_weight, grads)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     with torch._C._AutoDispatchBelowAutograd():
-        found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide)
+        found, dx, dw, db = heads.with_grad(a, stats, grads, tuple(output_mask), wide)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
 
 

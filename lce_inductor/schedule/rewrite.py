@@ -11,9 +11,9 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..graph import second
-from ..graph.values import size_hint
 from ..graph.write import fake_mode
-from ..lower.plan import plan
+from ..lower.plan import planned
+from .request import request_of
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
 
 aten = torch.ops.aten
@@ -43,7 +43,8 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     if x.dtype == torch.float16:
         *grads, slope, scale = writer.normalize([*grads, slope])
     args = [grads[0], slope, *grads[1:], epilogue, stats, chunk_tokens, workspace_bytes, mask]
-    if _is_summed_wide(x, forward.args[1].meta["val"], chunk_tokens, workspace_bytes):  # type: ignore[union-attr,arg-type]
+    # No guard comes of it: either form is right at any size.
+    if planned(request_of(forward, backward), x.device).wide:
         args.append(True)
     merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args)
     # Inside a checkpointed region everything else may be recomputed; this op's gradients are what is kept.
@@ -66,18 +67,6 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
         graph.erase_node(user)
         _skip_rounding(out, wide)
     graph.erase_node(backward)
-
-
-def _is_summed_wide(x: torch.Tensor, weight: torch.Tensor, chunk_tokens: int, workspace_bytes: int) -> bool:
-    """Does dW come from several chunks on a GPU, and so from sums in fp32?
-
-    Then the product with the tangent takes those, for a pass over dW less and a rounding less; dW is held in both
-    precisions then, as it would be where it is rounded. No guard comes of it: either form is right at any size.
-    """
-    if not x.is_cuda or x.dtype != torch.bfloat16:
-        return False
-    N, H, V = (size_hint(size) for size in (*x.shape, weight.shape[0]))
-    return plan(N, H, V, x.itemsize, chunk_tokens, workspace_bytes, device="cuda").count > 1
 
 
 def recompute(graph: Graph, forward: Node, backward: Node) -> None:

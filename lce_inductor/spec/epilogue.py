@@ -94,6 +94,11 @@ def reciprocal(c: float) -> float:
     return 1 / c if c else math.copysign(math.inf, c)
 
 
+def is_affine(steps: Steps) -> bool:
+    """True where Y = a Z + b."""
+    return all(step[0] in ("mul", "div", "add") for step in steps)
+
+
 def is_finite(steps: Steps) -> bool:
     """True where every constant is a finite number (a head with others is better left alone)."""
     return all(math.isfinite(c) for step in steps for c in step[1:])

@@ -87,6 +87,17 @@ class RowGrads(NamedTuple):
         """True where the loss does not depend on the head at all."""
         return all(g is None for g in self)
 
+    def bits(self) -> int:
+        """Bits of the statistics whose gradient is not zero."""
+        lse = LSE if self.lse is not None or self.lse_slope is not None else 0
+        given = ((TARGET, self.target), (SUM, self.sum), (NEG_ENTROPY, self.neg_entropy))
+        return lse | sum(bit for bit, g in given if g is not None)
+
+
+def needed(stats: int, grads: int) -> int:
+    """The statistics that have to be there for those asked for and for gradients of others: bits in, bits out."""
+    return stats | grads & LSE | (LSE | NEG_ENTROPY if grads & NEG_ENTROPY else 0)
+
 
 class Stats(NamedTuple):
     """Row statistics of Y; what was not asked for has shape [0].
