@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lce_inductor.kernels import anchored_kernels, hopper, nvrtc, tuning
-from lce_inductor.kernels.rows import flatten
-from lce_inductor.spec.epilogue import Steps, apply_with_slope
+from lce_inductor.spec.epilogue import Steps, apply_with_slope, flatten
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:

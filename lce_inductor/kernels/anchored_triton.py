@@ -7,12 +7,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..spec.epilogue import flatten
 from ..spec.sizes import ceil_div
 from . import anchored_kernels as kernels
 from . import tuning
 from .call import Call
 from .hopper import PAIR  # rows that share a mark "one of these is saturated"
-from .rows import flatten
 
 # Programs of column_sums: enough of them to have loads in flight all the time.
 _COLUMN_SUMS = 2048

@@ -15,11 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec.epilogue import Steps, reciprocal
+from ..spec.epilogue import Steps, flatten
 from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
-
-# The epilogue travels as a flat tuple of numbers, three for each step: code, constant, constant.
-_CODES = {"mul": 0, "add": 1, "tanh": 2, "sigmoid": 3, "rsqrt_cap": 4}
 
 
 class RowConfig(NamedTuple):
@@ -33,16 +30,6 @@ def config(V: int, itemsize: int) -> RowConfig:
     """Layout for rows of V elements: enough loads in flight, few enough registers (NOTES.md has the others)."""
     block = min(triton.next_power_of_2(max(V, 16)), 8192 // itemsize)
     return RowConfig(block, min(max(block * itemsize // 1024, 1), 8))
-
-
-def flatten(steps: Steps) -> tuple[float, ...]:
-    """Epilogue steps as the kernel takes them; a division by a constant becomes a product."""
-    program: list[float] = []
-    for name, *c in steps:
-        if name == "div":
-            name, c = "mul", [reciprocal(c[0])]
-        program += [_CODES[name], *c, *[0.0] * (2 - len(c))]
-    return tuple(program)
 
 
 def launch(
@@ -137,7 +124,7 @@ def _tanh(x):
 
 @triton.jit
 def _epilogue(y, STEPS: tl.constexpr):
-    """f(y) and f'(y)."""
+    """f(y) and f'(y); the numbers are epilogue.CODES."""
     slope = tl.full(y.shape, 1.0, y.dtype)
     for i in tl.static_range(0, len(STEPS), 3):
         if STEPS[i] == 0:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..kernels import anchored_triton, hopper
 from ..kernels.call import Call
-from ..spec.epilogue import Steps, reciprocal
+from ..spec.epilogue import affine_slope
 from ..spec.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from .plan import Mask, Plan
 from .policy import ANCHORED
@@ -148,7 +148,7 @@ class Head(Call):
         self.grads = RowGrads(*(None if t is None else t.float() for t in g))
         if g.sum is not None and self.class_sum is None:
             self.class_sum = self.column_sums(self.weight, self.class_weight)
-        self.slope = slope_of(self.steps)
+        self.slope = 1.0 if g.sum is None else affine_slope(self.steps)
         self.d = self.f32(self.N)
         if mask[0]:
             self.dx, self.product = x.new_empty(self.N, self.H), self.f32(rows, self.H)
@@ -221,11 +221,3 @@ class Head(Call):
             nothing,
             nothing.to(torch.int64),
         )
-
-
-def slope_of(steps: Steps) -> float:
-    """f' of an affine epilogue: the product of its factors."""
-    slope = 1.0
-    for name, *c in steps:
-        slope *= c[0] if name == "mul" else reciprocal(c[0]) if name == "div" else 1.0
-    return slope

@@ -23,6 +23,7 @@ from ..spec.types import (
     HeadArgs,
     RowGrads,
     Stats,
+    empty_stats,
     grad_dtype,
     lse_dtype,
     stat_dtype,
@@ -75,8 +76,7 @@ def with_grad(
                 dz = _dz(a, part, y, slope, found.lse[part], None, grads, out.hidden, total)
             out.put(block, dz)
         out.add(rows, z)
-    kept = (value if asked & (1 << i) else value.new_empty(0) for i, value in enumerate(found))
-    return (Stats(*kept), *out.result())
+    return (found.only(asked), *out.result())
 
 
 class _Logits:
@@ -119,22 +119,8 @@ class _Rows:
     """Fills the statistics that were asked for, chunk by chunk."""
 
     def __init__(self, a: HeadArgs, stats: int) -> None:
-        n = a.x.shape[0]
-        columns = 0 if a.target is None else a.target.shape[1]
-        dtype = stat_dtype(a.x)
-
-        def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
-            return a.x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
-
         self.a, self.asked = a, stats
-        self.stats = Stats(
-            new(LSE, dtype=lse_dtype(a.x)),
-            new(TARGET, columns),
-            new(SUM),
-            new(NEG_ENTROPY),
-            new(MAX),
-            new(ARGMAX, dtype=torch.int64),
-        )
+        self.stats = empty_stats(a.x, a.target, stats)
         if stats & TARGET and a.target is not None:
             _check_target(a.target, a.weight.shape[0])
 

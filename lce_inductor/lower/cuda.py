@@ -12,27 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec.types import (
-    ARGMAX,
-    LSE,
-    MAX,
-    NEG_ENTROPY,
-    SUM,
-    TARGET,
-    HeadArgs,
-    RowGrads,
-    Stats,
-    grad_dtype,
-    lse_dtype,
-    needed,
-    stat_dtype,
-)
+from ..spec.types import LSE, HeadArgs, RowGrads, Stats, empty_stats, grad_dtype, needed
 from .plan import Mask, Plan, Products, pieces
 from .products import as_factor, input_gradient, logits_with_lse, weight_gradient
 
 
 def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
-    found = _empty_stats(a, stats)
+    found = empty_stats(a.x, a.target, stats)
     _run(a, stats, found, None, None, p)
     return found
 
@@ -40,7 +26,7 @@ def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
 def backward(
     a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
 ) -> tuple[Tensor, ...]:
-    found = _empty_stats(a, 0)._replace(lse=lse.contiguous())
+    found = empty_stats(a.x, a.target, 0)._replace(lse=lse.contiguous())
     if neg_entropy is not None:
         found = found._replace(neg_entropy=neg_entropy.contiguous())
     out = _Gradients(a, mask, a.weight.dtype)
@@ -53,12 +39,10 @@ def with_grad(
     a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     computed = needed(stats, grads.bits())
-    found = _empty_stats(a, computed)
+    found = empty_stats(a.x, a.target, computed)
     out = _Gradients(a, mask, grad_dtype(a.weight.dtype, wide))
     _run(a, computed, found, grads if any(mask) and not grads.all_none() else None, out, p)
-    nothing = _empty_stats(a, 0)
-    asked = (LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX)
-    return (Stats(*(f if stats & bit else e for f, e, bit in zip(found, nothing, asked))), *out.result())
+    return (found.only(stats), *out.result())
 
 
 def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gradients | None, p: Plan) -> None:
@@ -124,15 +108,3 @@ class _Gradients:
         dw = zeros(self.shape, self.mask[1], self.dtype) if self.dw is None else self.dw
         db = zeros(self.shape[:1], self.mask[2], self.wide) if self.db is None else self.db
         return dx, dw.to(self.dtype), db
-
-
-def _empty_stats(a: HeadArgs, stats: int) -> Stats:
-    N = a.x.shape[0]
-    dtype = stat_dtype(a.x)
-    columns = 0 if a.target is None else a.target.shape[1]
-
-    def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
-        return a.x.new_empty((N, *more) if stats & bit else (0,), dtype=dtype)
-
-    lse, argmax = new(LSE, dtype=lse_dtype(a.x)), new(ARGMAX, dtype=torch.int64)
-    return Stats(lse, new(TARGET, columns), new(SUM), new(NEG_ENTROPY), new(MAX), argmax)

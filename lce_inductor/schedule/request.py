@@ -9,8 +9,8 @@ from torch.fx import Node
 from ..graph.values import size_hint
 from ..lower.plan import Request
 from ..spec.epilogue import parse
-from ..spec.types import needed
-from .tangents import GRADIENT_BITS, HEAD_ARGS, ROW_GRADIENTS
+from ..spec.types import GRADIENTS, needed
+from .tangents import HEAD_ARGS, ROW_GRADIENTS
 
 
 def request_of(forward: Node, backward: Node | None) -> Request:
@@ -21,7 +21,7 @@ def request_of(forward: Node, backward: Node | None) -> Request:
     r = r._replace(columns=0 if target is None else target.shape[1], bias=bias is not None, aligned=_is_aligned(weight))
     if backward is None:
         return r
-    grads = sum(GRADIENT_BITS[name] for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None)
+    grads = sum(GRADIENTS[name] for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None)
     mask: Any = backward.args[-1]
     return r._replace(stats=needed(stats, grads), grads=grads, mask=tuple(mask))
 
