@@ -127,13 +127,13 @@ def compile_logits_kernel(run: str, t) -> str:
     descriptors = {
         "x_desc": f"tensordesc<bf16[{t.rows}, {t.depth}]>",
         "w_desc": f"tensordesc<bf16[{t.columns}, {t.depth}]>",
-        "e_desc": f"tensordesc<bf16[{t.rows}, {t.columns // t.split}]>",
+        "e_desc": f"tensordesc<bf16[{t.rows}, {t.columns}]>",
     }
     pointers = {"target_ptr": "i64", "flag_ptr": "i32", "any_ptr": "i32"}
     constants = {
         "bias_ptr": None, "stride_t": 1, "STEPS": (), "STORE": store, "SUM": True,
         "REDO": run == "redo", "COMPILED": True, "BLOCK_N": t.rows, "BLOCK_V": t.columns, "BLOCK_H": t.depth,
-        "SPLIT": t.split, "GROUP": t.group, "FLATTEN": t.flatten and run in ("logits", "sums"),
+        "GROUP": t.group, "FLATTEN": t.flatten and run in ("logits", "sums"),
     }  # fmt: skip
     if not store:
         constants["e_desc"] = None

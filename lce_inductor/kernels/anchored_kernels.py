@@ -137,7 +137,7 @@ def logits_kernel(
     sums_ptr, maxima_ptr, part_stride, row_max_ptr, flag_ptr, any_ptr,
     n, row0, V, H,
     STEPS: tl.constexpr, STORE: tl.constexpr, SUM: tl.constexpr, REDO: tl.constexpr,
-    COMPILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
+    COMPILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = exp(Y - anchor) of a chunk, from the fp32 accumulators: E in bf16 and its sums over each column tile.
@@ -151,7 +151,6 @@ def logits_kernel(
             return
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    WIDTH: tl.constexpr = BLOCK_V // SPLIT
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         pid_n, pid_v = _tile(tile, tiles_n, tiles_v, GROUP)
         first_n = pid_n * BLOCK_N
@@ -180,21 +179,9 @@ def logits_kernel(
             y_col = tl.full((BLOCK_N,), -1, tl.int32)
             if target_ptr is not None:
                 y_col = _column(target_ptr, (row0 + rows).to(tl.int64) * stride_t, V, inside)
-            offs = tl.arange(0, WIDTH)
-            if SPLIT == 1:
-                total, high, e = _exps(acc, first_v + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v], e.to(tl.bfloat16))
-            else:
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, WIDTH)), (0, 2, 1)))
-                total, high, e = _exps(left, first_v + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v], e.to(tl.bfloat16))
-                more, higher, e = _exps(right, first_v + WIDTH + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v + WIDTH], e.to(tl.bfloat16))
-                total += more
-                high = tl.maximum(high, higher)
+            total, high, e = _exps(acc, first_v + tl.arange(0, BLOCK_V), y_col, a, V, bias_ptr, STEPS)
+            if STORE:
+                e_desc.store([first_n, first_v], e.to(tl.bfloat16))
             if SUM:
                 where = pid_v.to(tl.int64) * part_stride + rows
                 tl.store(sums_ptr + where, total, mask=inside)
