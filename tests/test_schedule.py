@@ -436,8 +436,8 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded():
     """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
     fn = lambda x, w, y: 3 * cross_entropy(x, w, y)
     args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
-    policy = dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True)
-    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), using("cpu", policy):
+    as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
+    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), as_on_a_gpu:
         compiled = Compiled(fn)
         compiled(*args).backward()
     assert compiled.gradients == ["forward"]
@@ -463,8 +463,7 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded():
     ],
 )
 def test_where_dw_stays_in_fp32(device, dtype, N, H, V, chunk_tokens, wide):
-    r = Request(N, H, V, dtype, chunk_tokens, 1 << 30, grads=1, mask=(True, True, False))
-    assert planned(r, torch.device(device)).wide == wide
+    assert planned(Request(N, H, V, dtype, chunk_tokens, 1 << 30), torch.device(device)).wide == wide
 
 
 # -- the graphs

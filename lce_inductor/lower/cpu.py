@@ -29,7 +29,8 @@ from ..spec.types import (
     stat_dtype,
 )
 from .plan import Mask, Plan
-from .policy import BLOCK, WIDENED
+from .policy import BLOCK
+from .sums import add_widened
 
 
 def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
@@ -263,17 +264,8 @@ class _Grads:
         if self.mask[0]:
             torch.mm(dz, self.a.weight, out=self.dx[rows])
         if self.mask[1]:
-            self._add_to_dw(dz, x)
+            add_widened(self.dw, dz, x, self.first)
         self.first = False
-
-    def _add_to_dw(self, dz: Tensor, x: Tensor) -> None:
-        """The CPU's products of bf16 or fp16 have results of that dtype alone, so both are widened first, where dW is
-        wider: it costs what the smaller products save, and no rounding."""
-        x = x.to(self.dw.dtype)
-        size = dz.shape[1] if dz.dtype == self.dw.dtype else max(WIDENED // len(dz), 1)
-        for start in range(0, dz.shape[1], size):
-            dw, part = self.dw[start : start + size], dz[:, start : start + size].to(self.dw.dtype).t()
-            torch.addmm(dw, part, x, beta=0 if self.first else 1, out=dw)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.first:  # no rows, no chunk

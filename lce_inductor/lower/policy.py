@@ -137,6 +137,6 @@ POLICIES = {
 LEAST_SPLIT = 1024
 # Elements of a block of a chunk's rows on the CPU: 2 MiB in fp32.
 BLOCK = 1 << 19
-# Elements of a chunk that the CPU widens at a time for the product dW: 4 MiB in fp32. Of 1024, 2048 ... 8192 columns of
-# a chunk of 512 rows, 2048 were the fastest.
+# Elements that the CPU widens at a time for the product dW, or whose two parts exist: 4 MiB in fp32. Of 1024, 2048 ...
+# 8192 columns of a chunk of 512 rows, 2048 were the fastest.
 WIDENED = 1 << 20
