@@ -6,7 +6,7 @@ import dataclasses
 import gc
 
 import torch
-from rows_cases import SOFTCAP, Case, compare, error, make, whole
+from rows_cases import SOFTCAP, Case, Planned, compare, error, make, whole
 
 from lce_inductor.lower import anchored
 from lce_inductor.spec.types import LSE, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
@@ -41,7 +41,7 @@ def is_affine(case: Case) -> bool:
     return all(step.split()[0] in ("mul", "div", "add") for step in case.epilogue.split(";") if step)
 
 
-def check(case: Case, device: str, factor: float) -> None:
+def check(run: Planned, case: Case, device: str, factor: float) -> None:
     """Forward, with_grad and backward: error <= factor * eager's, both against fp64."""
     a, grads = make(case, device)
     if case.K and set(case.grads) == set(CE):  # cross-entropy: nothing may cancel
@@ -56,8 +56,8 @@ def check(case: Case, device: str, factor: float) -> None:
         compare(case, [Stats._fields[i] for i in picked], *chosen, factor)
 
     mask = (True, True, case.bias)
-    compare_stats(anchored.forward(a, stats))
-    found, *gradients = anchored.with_grad(a, stats, grads, mask)
+    compare_stats(run.forward(a, stats))
+    found, *gradients = run.with_grad(a, stats, grads, mask)
     compare_stats(found)
     compare(case, ("dx", "dw", "db"), gradients, eager, exact, factor)
     assert all(g.dtype == torch.bfloat16 and g.is_contiguous() for g in gradients)
@@ -65,7 +65,7 @@ def check(case: Case, device: str, factor: float) -> None:
     slope = 0 if grads.lse_slope is None else grads.lse_slope * found.lse
     g_lse = slope if grads.lse is None else grads.lse + slope
     plain = grads._replace(lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
-    gradients = anchored.backward(a, found.lse, plain, mask)
+    gradients = run.backward(a, found.lse, None, plain, mask)
     compare(case, ("dx", "dw", "db"), gradients, eager, exact, factor)
 
 
@@ -84,14 +84,16 @@ def saturating(device: str, N: int, rows: list[int], spread: float = 200.0, H: i
     return HeadArgs(x.to(device, dtype), weight.to(device, dtype), None, target.to(device), None, (), 0, 1 << 30)
 
 
-def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_tokens: int = 0, **more: int) -> None:
+def check_saturation(
+    run: Planned, device: str, N: int, rows: list[int], factor: float, chunk_tokens: int = 0, **more: int
+) -> None:
     """Rows beyond the room of bf16 come out as in fp64, and the rows beside them too."""
     a = saturating(device, N, rows, **more)._replace(chunk_tokens=chunk_tokens)
     one = torch.full((N,), 1 / N, device=device)
     grads = RowGrads(lse=one, target=-one[:, None])
     exact_stats, exact = whole(a, grads, torch.float64)
-    found, *gradients = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False))
-    for got in (found, anchored.forward(a, LSE | TARGET)):
+    found, *gradients = run.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    for got in (found, run.forward(a, LSE | TARGET)):
         losses = [s.lse - s.target_logit[:, 0] for s in (got, exact_stats)]
         assert error(*losses) < 1e-5, error(*losses)
     for got, want in zip(gradients, exact[:2]):
@@ -101,13 +103,13 @@ def check_saturation(device: str, N: int, rows: list[int], factor: float, chunk_
     # Without a target the anchor is a guess, and every one of these rows may miss.
     a = a._replace(target=torch.full_like(a.target, NO_TARGET))
     exact_stats, exact = whole(a, RowGrads(lse=one), torch.float64)
-    found, *gradients = anchored.with_grad(a, LSE, RowGrads(lse=one), (True, True, False))
+    found, *gradients = run.with_grad(a, LSE, RowGrads(lse=one), (True, True, False))
     assert error(found.lse, exact_stats.lse) < 1e-5, error(found.lse, exact_stats.lse)
     for got, want in zip(gradients, exact[:2]):
         assert error(got, want) < 5e-3 * factor, error(got, want)
 
 
-def check_classes(device: str, runs: list[int], H: int) -> None:
+def check_classes(run: Planned, device: str, runs: list[int], H: int) -> None:
     """Classes with as many rows as `runs` says, in any order, get all of them: dW and db of each against fp64."""
     g = torch.Generator().manual_seed(5)
     V = len(runs) + 60
@@ -121,14 +123,14 @@ def check_classes(device: str, runs: list[int], H: int) -> None:
     one = torch.ones(N, device=device)
     grads = RowGrads(lse=one, target=-one[:, None])
     _, (_, exact, exact_db) = whole(a, grads, torch.float64)
-    (dw, db), again = (anchored.with_grad(a, LSE, grads, (True, True, True), wide=True)[2:] for _ in range(2))
+    (dw, db), again = (run.with_grad(a, LSE, grads, (True, True, True), wide=True)[2:] for _ in range(2))
     for v in range(len(runs)):
         assert error(dw[v], exact[v]) < 1e-2, (runs[v], error(dw[v], exact[v]))
     assert (db - exact_db).abs().max() < 0.1  # a row that is missing is nearly one
     assert dw.equal(again[0]) and db.equal(again[1])
 
 
-def check_label_out_of_range(device: str) -> None:
+def check_label_out_of_range(run: Planned, device: str) -> None:
     """A label that int32 cannot hold is none to the kernels (the op reports it): dW is that of the other rows."""
     a, _ = make(BF16, device)
     assert a.target is not None
@@ -139,12 +141,13 @@ def check_label_out_of_range(device: str) -> None:
         target = a.target.clone()
         target[::3] = label
         changed = a._replace(target=target)
-        found.append(anchored.with_grad(changed, LSE, grads, (True, True, False), wide=True)[2])
+        mask = (True, True, False)
+        found.append(anchored.with_grad(changed, LSE, grads, mask, True, run.plan(changed, LSE, grads, mask))[2])
     assert found[0].isfinite().all()
     assert all(f.equal(found[0]) for f in found[1:])
 
 
-def check_not_finite(device: str) -> None:
+def check_not_finite(run: Planned, device: str) -> None:
     """Infinite and NaN logits give the lse that logsumexp gives, and leave other rows' dX alone."""
     V, H, inf, nan = 70, 8, float("inf"), float("nan")
     weight = torch.zeros(V, H)
@@ -161,14 +164,14 @@ def check_not_finite(device: str) -> None:
                 None, torch.tensor([[target]], device=device), None, (), 0, 1 << 30,
             )  # fmt: skip
             want = z.bfloat16().double().logsumexp(0)
-            got = anchored.forward(a, LSE | TARGET)
+            got = run.forward(a, LSE | TARGET)
             torch.testing.assert_close(got.lse.cpu()[0].double(), want, rtol=1e-6, atol=1e-5, equal_nan=True)
             if target != NO_TARGET:
                 picked = z.bfloat16()[target].float()
                 torch.testing.assert_close(got.target_logit.cpu()[0, 0], picked, equal_nan=True)
 
 
-def check_confident(device: str) -> None:
+def check_confident(run: Planned, device: str) -> None:
     """Rows with a target probability near one: their gradient is what is left, and it does not cancel."""
     a, grads = make(dataclasses.replace(BF16, N=64, scale=0.5), device)
     one = torch.ones(64, device=device)
@@ -178,20 +181,20 @@ def check_confident(device: str) -> None:
     grads = RowGrads(lse=one, target=-one[:, None])
     exact_stats, exact = whole(a, grads, torch.float64)
     _, eager = whole(a, grads, torch.bfloat16)
-    _, *found = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    _, *found = run.with_grad(a, LSE | TARGET, grads, (True, True, False))
     assert (exact_stats.lse - exact_stats.target_logit[:, 0]).median() < 1e-3
     compare(BF16, ("dx", "dw"), found, eager, exact, 1.25)
 
 
-def check_nothing_stays_behind(device: str) -> None:
+def check_nothing_stays_behind(run: Planned, device: str) -> None:
     """No cycle of references: what a call had is free when it returns, and not when the garbage collector comes."""
     a, grads = make(BF16, device)
     gc.collect()
     gc.disable()
     try:
-        anchored.forward(a, LSE | TARGET)
-        found, *_ = anchored.with_grad(a, LSE | TARGET, grads, (True, True, False), wide=True)
-        anchored.backward(a, found.lse, grads, (True, True, False))
+        run.forward(a, LSE | TARGET)
+        found, *_ = run.with_grad(a, LSE | TARGET, grads, (True, True, False), wide=True)
+        run.backward(a, found.lse, None, grads, (True, True, False))
         assert not [o for o in gc.get_objects() if isinstance(o, anchored.Head)]
     finally:
         gc.enable()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lce_inductor.kernels import anchored_kernels, hopper, nvrtc, tuning
-from lce_inductor.kernels.rows import flatten
-from lce_inductor.spec.epilogue import Steps, apply_with_slope
+from lce_inductor.spec.epilogue import Steps, apply_with_slope, flatten
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -32,7 +31,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         hopper, "products",
         lambda device, dtype: hopper.Products(*(Product(v, launched) for v in hopper._PRODUCTS[dtype])),
     )  # fmt: skip
-    monkeypatch.setattr(hopper, "beats_library_at_dx", lambda *sizes: True)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(hopper, "_prepared", functools.lru_cache(hopper._prepared.__wrapped__))

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lce_inductor.lower import cuda
+from lce_inductor.lower import heads
+from lce_inductor.lower.plan import Device, Mask, Plan, decide
+from lce_inductor.lower.policy import POLICIES, ROWS, Policy, Products
 from lce_inductor.spec.epilogue import apply, parse
-from lce_inductor.spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.spec.types import (
+    ARGMAX,
+    LSE,
+    MAX,
+    NEG_ENTROPY,
+    NO_TARGET,
+    SUM,
+    TARGET,
+    HeadArgs,
+    RowGrads,
+    Stats,
+    empty_stats,
+    needed,
+)
 
 ALL = LSE | TARGET | SUM | NEG_ENTROPY | MAX | ARGMAX
 GRADS = ("lse", "lse_slope", "target", "sum", "neg_entropy")
@@ -37,6 +53,42 @@ class Case:
         default = Case()
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return "-".join(f"{k}={v}" for k, v in parts.items() if v != getattr(default, k)) or "default"
+
+
+# Our products on sm_90 for any size.
+ALWAYS_OURS = dataclasses.replace(
+    POLICIES["cuda"], products=Products(0, 0, dx_least_H=0, dx_library_full=2.0, dx_full=0.0)
+)
+
+
+TRITON = Device("cuda", triton=True)  # as the interpreter is one
+SM_90 = TRITON._replace(hopper=True, clusters=3)  # as hopper_emulated.py is one
+
+
+class Planned:
+    """lower/heads.py on a device, by one algorithm whatever speaks against it, so that small sizes do."""
+
+    def __init__(self, algorithm: str = ROWS, device: Device = TRITON, policy: Policy = POLICIES["cuda"]) -> None:
+        self.algorithm, self.device, self.policy = algorithm, device, policy
+
+    def plan(self, a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3) -> Plan:
+        if grads is not None:
+            stats = needed(stats, grads.bits()) if stats else 0
+        return decide(heads.request(a, stats, grads, mask), self.device, self.policy, self.algorithm)
+
+    def forward(self, a: HeadArgs, stats: int) -> Stats:
+        return heads.forward(a, stats, self.plan(a, stats))
+
+    def backward(self, a: HeadArgs, lse, neg_entropy, grads: RowGrads, mask: Mask):
+        return heads.backward(a, lse, neg_entropy, grads, mask, self.plan(a, 0, grads, mask))
+
+    def with_grad(self, a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False):
+        return heads.with_grad(a, stats, grads, mask, wide, self.plan(a, stats, grads, mask))
+
+
+def on(device: str) -> Any:
+    """What computes heads on a GPU is for it to choose; on the CPU, by the interpreter, it is the row kernel."""
+    return heads if device == "cuda" else Planned()
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -149,8 +201,9 @@ def compare(case: Case, names, found, eager, exact, factor: float) -> None:
             assert mine <= factor * theirs + floor, f"{case} {name}: error {mine:.2e}, eager's {theirs:.2e}"
 
 
-def check(case: Case, device: str, factor: float) -> None:
+def check(case: Case, device: str, factor: float, run: Planned | None = None) -> None:
     """All three entry points of a case: error <= factor * eager's, both against fp64, with a floor of 16 ulp."""
+    run = run or on(device)
     a, grads = make(case, device)
     exact_stats, exact_grads = whole(a, grads, torch.float64)
     eager_stats, eager_grads = whole(a, grads, case.dtype)
@@ -158,11 +211,11 @@ def check(case: Case, device: str, factor: float) -> None:
     names = ("dx", "dw", "db")
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
 
-    stats = cuda.forward(a, ALL)
+    stats = run.forward(a, ALL)
     compare(case, Stats._fields, stats, eager_stats, exact_stats, factor)
     assert [s.dtype for s in stats] == [torch.float64, *[wide] * 4, torch.int64]
 
-    again, *found = cuda.with_grad(a, ALL, grads, mask)
+    again, *found = run.with_grad(a, ALL, grads, mask)
     for first, second in zip(stats, again):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     compare(case, names, found, eager_grads, exact_grads, factor)
@@ -174,34 +227,36 @@ def check(case: Case, device: str, factor: float) -> None:
     slope = 0 if grads.lse_slope is None else grads.lse_slope * stats.lse
     g_lse = slope if grads.lse is None else grads.lse + slope
     plain = grads._replace(lse=None if isinstance(g_lse, int) else g_lse, lse_slope=None)
-    found = cuda.backward(a, stats.lse, stats.neg_entropy, plain, mask)
+    found = run.backward(a, stats.lse, stats.neg_entropy, plain, mask)
     compare(case, names, found, eager_grads, exact_grads, factor)
     assert [t.dtype for t in found] == [case.dtype, case.dtype, wide]
 
 
 def check_only_what_was_asked(device: str) -> None:
     """Each statistic and each gradient alone equals the same one among all, and the rest is empty."""
+    run = on(device)
     a, grads = make(Case(bias=True, K=2, class_weight=True, grads=GRADS, chunk_tokens=3), device)
-    all_stats, *all_grads = cuda.with_grad(a, ALL, grads, (True, True, True))
+    all_stats, *all_grads = run.with_grad(a, ALL, grads, (True, True, True))
     for i in range(len(all_stats)):
-        for got in (cuda.forward(a, 1 << i), cuda.with_grad(a, 1 << i, grads, (True, False, False))[0]):
+        for got in (run.forward(a, 1 << i), run.with_grad(a, 1 << i, grads, (True, False, False))[0]):
             for j, (one, full) in enumerate(zip(got, all_stats)):
                 torch.testing.assert_close(one, full if i == j else full.new_empty(0), rtol=0, atol=0)
     for i in range(3):
         mask = tuple(i == j for j in range(3))
         for got in (
-            cuda.with_grad(a, LSE, grads, mask)[1:],
-            cuda.backward(a, all_stats.lse, all_stats.neg_entropy, RowGrads(sum=grads.sum), mask),
+            run.with_grad(a, LSE, grads, mask)[1:],
+            run.backward(a, all_stats.lse, all_stats.neg_entropy, RowGrads(sum=grads.sum), mask),
         ):
             assert [t.numel() > 0 for t in got] == list(mask)
-        torch.testing.assert_close(cuda.with_grad(a, LSE, grads, mask)[1 + i], all_grads[i], rtol=0, atol=0)
-    nothing = cuda.backward(a, all_stats.lse, None, RowGrads(), (True, True, True))
+        torch.testing.assert_close(run.with_grad(a, LSE, grads, mask)[1 + i], all_grads[i], rtol=0, atol=0)
+    nothing = run.backward(a, all_stats.lse, None, RowGrads(), (True, True, True))
     assert [t.shape for t in nothing] == [a.x.shape, a.weight.shape, a.bias.shape]
     assert not any(t.any() for t in nothing)
 
 
 def check_not_finite(device: str) -> None:
     """Infinite and NaN logits: what torch's own functions give, NaN where they give NaN."""
+    run = on(device)
     V, inf, nan = 70, float("inf"), float("nan")
     y = torch.linspace(-2, 2, V).repeat(7, 1)
     y[1, 3] = -inf
@@ -221,7 +276,7 @@ def check_not_finite(device: str) -> None:
             target=torch.tensor([[3, 5, NO_TARGET]], device=device),
         )
         grads = RowGrads(lse=torch.ones(1, device=device))
-        found, _, _, db = cuda.with_grad(a, ALL, grads, (True, True, True))
+        found, _, _, db = run.with_grad(a, ALL, grads, (True, True, True))
         for name in ("lse", "sum_logits", "neg_entropy", "max_logit", "argmax"):
             got, want = getattr(found, name).double().cpu()[0], getattr(exact, name)[n].double()
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5, equal_nan=True, msg=f"row {n} {name}")
@@ -233,14 +288,15 @@ def check_not_finite(device: str) -> None:
 
 def check_masked_classes(device: str) -> None:
     """A class of bias -inf gets no gradient from the softmax, not even beside a row gradient that is not finite."""
+    run = on(device)
     a, _ = make(Case(bias=True), device)
     hidden = torch.arange(a.weight.shape[0], device=device) % 5 == 4
     a.bias[hidden] = -torch.inf
-    found = cuda.forward(a, LSE | NEG_ENTROPY)
+    found = run.forward(a, LSE | NEG_ENTROPY)
     grads = RowGrads(lse=torch.full((len(a.x),), torch.inf, device=device))
     for _, dw, db in (
-        cuda.with_grad(a, LSE, grads, (True,) * 3)[1:],
-        cuda.backward(a, found.lse, None, grads, (True,) * 3),
+        run.with_grad(a, LSE, grads, (True,) * 3)[1:],
+        run.backward(a, found.lse, None, grads, (True,) * 3),
     ):
         assert not db[hidden].any() and not db[~hidden].isfinite().any()
         assert not dw[hidden].any() and not dw[~hidden].isfinite().any()
@@ -255,7 +311,7 @@ def check_padding(device: str) -> None:
     z[:, V:] = float("nan")
     before = z.clone()
     a = HeadArgs(z[:, :V], z[:, :V], None, None, None, (), 0, 0)
-    found = cuda._empty_stats(a, ALL)
+    found = empty_stats(a.x, None, ALL)
     rows.launch(z, V, 0, None, None, None, (), ALL, found, None)
     exact = stats_of(before[:, :V].double(), a)
     for got, want in zip(found, exact):
@@ -267,10 +323,11 @@ def check_padding(device: str) -> None:
 
 def check_ties(device: str) -> None:
     """argmax is the lowest index, across blocks too."""
+    run = on(device)
     V = 20_000
     bias = torch.zeros(V)
     bias[[777, 778, 15_000]] = 1.0
     zeros = torch.zeros(2, 4, device=device)
     a = HeadArgs(zeros, torch.zeros(V, 4, device=device), bias.to(device), None, None, (), 0, 1 << 30)
-    assert cuda.forward(a, ARGMAX).argmax.tolist() == [777, 777]
-    assert cuda.forward(a._replace(bias=None), ARGMAX).argmax.tolist() == [0, 0]
+    assert run.forward(a, ARGMAX).argmax.tolist() == [777, 777]
+    assert run.forward(a._replace(bias=None), ARGMAX).argmax.tolist() == [0, 0]

@@ -14,9 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rows_cases
-from rows_cases import ALL, GRADS, Case
+from rows_cases import ALL, ALWAYS_OURS, GRADS, Case, Planned
 
-from lce_inductor.lower import cuda, products
+from lce_inductor.lower.plan import capabilities
+from lce_inductor.lower.policy import ANCHORED, ANCHORED_TRITON, POLICIES
 from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
 
 ROWS = [
@@ -32,7 +33,7 @@ PLAIN = [
     for N, H, V, chunk in ((37, 72, 203, 32), (300, 200, 1025, 257))
     for d in (torch.bfloat16, torch.float16)
 ]
-ANCHORED = [
+ANCHORED_CASES = [
     Case(N=N, H=H, V=V, K=K, bias=bias, dtype=torch.bfloat16, grads=grads, chunk_tokens=chunk, scale=scale)
     # With two classes each has more rows than one warp of lce_collect takes; H is more than it takes at a time.
     for N, H, V, chunk in ((37, 72, 203, 32), (130, 128, 517, 100), (130, 264, 2, 100))
@@ -42,44 +43,29 @@ ANCHORED = [
 ]
 
 
-def run(case: Case, stats: int) -> None:
+def run(case: Case, stats: int, planned: Planned) -> None:
     a, grads = rows_cases.make(case, "cuda")
     mask = (True, True, case.bias)
-    found = cuda.forward(a, stats)
-    cuda.with_grad(a, stats, grads, mask)
+    found = planned.forward(a, stats)
+    planned.with_grad(a, stats, grads, mask)
     plain = RowGrads(grads.lse, None, grads.target, grads.sum, grads.neg_entropy)
-    cuda.backward(a, found.lse, found.neg_entropy if stats == ALL else None, plain, mask)
+    planned.backward(a, found.lse, found.neg_entropy if stats == ALL else None, plain, mask)
     torch.cuda.synchronize()
 
 
-def run_anchored() -> None:
-    for case in ANCHORED:
-        a, grads = rows_cases.make(case, "cuda")
-        reason = cuda._why_rows(a, LSE | TARGET | SUM, grads, (True, True, case.bias))
-        assert reason is None, f"{case} takes the row kernel: {reason}"
-        run(case, LSE | TARGET | SUM)
-
-
 def main() -> None:
+    device = capabilities(torch.device("cuda", torch.cuda.current_device()))
     for case in ROWS:
-        run(case, ALL)
+        run(case, ALL, Planned(device=device))
     ran = [f"row kernel: {len(ROWS)} cases"]
-    capability = torch.cuda.get_device_capability()
-    if capability in cuda._ANCHORED_CAPABILITIES:
-        from lce_inductor.kernels import hopper
-
-        products._LEAST_LOGITS_N = products._LEAST_LOGITS_V = 0
-        hopper.beats_library_at_dx = lambda *sizes: True
+    if device.capability in POLICIES["cuda"].anchored.capabilities:
         for case in PLAIN:
-            run(case, LSE | TARGET)
+            run(case, LSE | TARGET, Planned(device=device, policy=ALWAYS_OURS))
         ran.append(f"products of the row kernel on sm_90: {len(PLAIN)} cases")
-        cuda._ANCHORED_LEAST_N = cuda._ANCHORED_LEAST_V = cuda._ANCHORED_LEAST_WORK = 0
-        if hopper.supported(torch.device("cuda", torch.cuda.current_device())):
-            run_anchored()
-            ran.append(f"hopper*.cu*: {len(ANCHORED)} cases")
-        hopper.supported = lambda device: False
-        run_anchored()
-        ran.append(f"anchored softmax in Triton: {len(ANCHORED)} cases")
+        for algorithm in (ANCHORED, ANCHORED_TRITON) if device.hopper else (ANCHORED_TRITON,):
+            for case in ANCHORED_CASES:
+                run(case, LSE | TARGET | SUM, Planned(algorithm, device, ALWAYS_OURS))
+            ran.append(f"{algorithm}: {len(ANCHORED_CASES)} cases")
     print("\n".join(ran))
 
 

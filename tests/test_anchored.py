@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,13 +18,27 @@ ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 if INTERPRETED or ON_GPU:
     import anchored_cases as cases
     import hopper_emulated
+    from rows_cases import ALWAYS_OURS, SM_90, Planned
+
+    from lce_inductor.lower.plan import capabilities
+    from lce_inductor.lower.policy import ANCHORED, ANCHORED_TRITON
 
     ENGINES = ["triton", "hopper"] if INTERPRETED else ["chosen"]
 
+    class Engine(NamedTuple):
+        """What computes the cases; launched: the names of what was launched, where hopper.py is emulated."""
+
+        run: Planned
+        launched: list[str] | None = None
+
     @pytest.fixture
-    def launched(request, monkeypatch):
+    def engine(request, monkeypatch):
         """On a GPU what the device takes; under the interpreter Triton's product, then what hopper.py would launch."""
-        return hopper_emulated.emulate(monkeypatch) if request.param == "hopper" else None
+        if request.param == "chosen":
+            return Engine(Planned(ANCHORED, capabilities(torch.device("cuda", torch.cuda.current_device()))))
+        if request.param == "triton":
+            return Engine(Planned(ANCHORED_TRITON))
+        return Engine(Planned(ANCHORED, SM_90, ALWAYS_OURS), hopper_emulated.emulate(monkeypatch))
 
     DEVICE = "cpu" if INTERPRETED else "cuda"
     # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
@@ -33,45 +48,49 @@ if INTERPRETED or ON_GPU:
     RUNS = [(e, c) for e in ENGINES for c in (cases.CASES[::4] if e == "hopper" else cases.CASES)]
 
     @pytest.mark.parametrize(
-        "launched, case",
+        "engine, case",
         RUNS if INTERPRETED else RUNS + [("chosen", c) for c in cases.BIG],
-        indirect=["launched"],
+        indirect=["engine"],
         ids=str,
     )
-    def test_against_fp64(case, launched):
-        cases.check(case, DEVICE, FACTOR)
-        if launched is not None:
-            assert {"anchors", "normalise", "dx", "spread"} <= {*launched}
+    def test_against_fp64(case, engine):
+        cases.check(engine.run, case, DEVICE, FACTOR)
+        if engine.launched is not None:
+            assert {"anchors", "normalise", "dx", "spread"} <= {*engine.launched}
 
-    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
     @pytest.mark.parametrize("rows", [[], [5], [0, 17, 36], list(range(37))], ids=["none", "one", "some", "all"])
-    def test_saturated_rows(rows, launched):
-        cases.check_saturation(DEVICE, 37, rows, FACTOR, chunk_tokens=32)
-        if launched is not None and not rows:
-            assert launched and not [name for name in launched if "REDO" in name and "HAS_TARGET" in name]
+    def test_saturated_rows(rows, engine):
+        cases.check_saturation(engine.run, DEVICE, 37, rows, FACTOR, chunk_tokens=32)
+        if engine.launched is not None and not rows:
+            assert engine.launched and not [name for name in engine.launched if "REDO" in name and "HAS_TARGET" in name]
 
-    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
-    def test_classes_of_any_size(launched):
-        cases.check_classes(DEVICE, [1, 33, 2] if INTERPRETED else [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=40)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    def test_classes_of_any_size(engine):
+        cases.check_classes(
+            engine.run, DEVICE, [1, 33, 2] if INTERPRETED else [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=40
+        )
 
-    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
-    def test_nothing_stays_behind(launched):
-        cases.check_nothing_stays_behind(DEVICE)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    def test_nothing_stays_behind(engine):
+        cases.check_nothing_stays_behind(engine.run, DEVICE)
 
-    @pytest.mark.parametrize("launched", ENGINES, indirect=True)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
     @pytest.mark.parametrize("name", ["not_finite", "confident", "label_out_of_range"])
-    def test_special(name, launched):
-        getattr(cases, f"check_{name}")(DEVICE)
+    def test_special(name, engine):
+        getattr(cases, f"check_{name}")(engine.run, DEVICE)
 
 
 if ON_GPU and not INTERPRETED:
 
     @pytest.mark.parametrize("rows", [[777], list(range(2000))], ids=["one", "all"])
-    def test_saturated_rows_of_many(rows):
-        cases.check_saturation("cuda", 2000, rows, FACTOR, chunk_tokens=768, H=128, V=5003)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    def test_saturated_rows_of_many(rows, engine):
+        cases.check_saturation(engine.run, "cuda", 2000, rows, FACTOR, chunk_tokens=768, H=128, V=5003)
 
-    def test_classes_and_columns():
-        cases.check_classes("cuda", [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=520)
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    def test_classes_and_columns(engine):
+        cases.check_classes(engine.run, "cuda", [1, 700, 33, 2, 32, 31, 8, 7, 1, 1, 64, 257], H=520)
 
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -108,13 +127,13 @@ def compile_logits_kernel(run: str, t) -> str:
     descriptors = {
         "x_desc": f"tensordesc<bf16[{t.rows}, {t.depth}]>",
         "w_desc": f"tensordesc<bf16[{t.columns}, {t.depth}]>",
-        "e_desc": f"tensordesc<bf16[{t.rows}, {t.columns // t.split}]>",
+        "e_desc": f"tensordesc<bf16[{t.rows}, {t.columns}]>",
     }
     pointers = {"target_ptr": "i64", "flag_ptr": "i32", "any_ptr": "i32"}
     constants = {
         "bias_ptr": None, "stride_t": 1, "STEPS": (), "STORE": store, "SUM": True,
         "REDO": run == "redo", "COMPILED": True, "BLOCK_N": t.rows, "BLOCK_V": t.columns, "BLOCK_H": t.depth,
-        "SPLIT": t.split, "GROUP": t.group, "FLATTEN": t.flatten and run in ("logits", "sums"),
+        "GROUP": t.group, "FLATTEN": t.flatten and run in ("logits", "sums"),
     }  # fmt: skip
     if not store:
         constants["e_desc"] = None

@@ -1,11 +1,12 @@
-"""Chunk plans: sizes in, rows out; no torch needed."""
+"""Chunk plans: sizes in, rows out."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lce_inductor.config import Config
-from lce_inductor.lower.plan import POLICIES, anchored_peak_bytes, peak_bytes, plan, saves_little
+from lce_inductor.lower.plan import anchored_peak_bytes, chunks, peak_bytes, policy_of, saves_little
+from lce_inductor.lower.policy import POLICIES
 
 GIB = 1 << 30
 
@@ -14,7 +15,7 @@ BUDGET = Config().workspace_bytes
 
 
 def cuda(N, H, V, itemsize=2, chunk_tokens=0, workspace_bytes=BUDGET):
-    return plan(N, H, V, itemsize, chunk_tokens, workspace_bytes, device="cuda")
+    return chunks(N, H, V, itemsize, chunk_tokens, workspace_bytes, POLICIES["cuda"].chunks)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_peak_of_the_anchored_softmax(N, H, V, gib):
 )
 def test_saving(N, H, V, itemsize, dw, little):
     p = cuda(N, H, V, itemsize)
-    assert saves_little(p, N, H, V, itemsize, dw, "cuda") == little
-    assert not saves_little(p, N, H, V, itemsize, dw, "cpu")
+    assert saves_little(p, N, H, V, itemsize, dw, POLICIES["cuda"].chunks) == little
+    assert not saves_little(p, N, H, V, itemsize, dw, POLICIES["cpu"].chunks)
 
 
 @given(
@@ -101,8 +102,8 @@ def test_saving(N, H, V, itemsize, dw, little):
     device=st.sampled_from(["cuda", "cpu"]),
 )
 def test_covers_every_row_once_within_budget(N, H, V, itemsize, chunk_tokens, workspace_bytes, device):
-    policy = POLICIES[device]
-    p = plan(N, H, V, itemsize, chunk_tokens, workspace_bytes, device)
+    policy = POLICIES[device].chunks
+    p = chunks(N, H, V, itemsize, chunk_tokens, workspace_bytes, policy)
     bounds = p.bounds(N)
     assert len(bounds) == p.count
     assert sum(n for _, n in bounds) == N and all(0 < n <= p.rows for _, n in bounds)
@@ -122,7 +123,7 @@ def test_chunk_tokens_is_taken_as_given():
 
 
 def test_small_hidden_size_keeps_enough_rows():
-    assert cuda(100_000, 16, 100_000).rows == POLICIES["cuda"].least_rows
+    assert cuda(100_000, 16, 100_000).rows == POLICIES["cuda"].chunks.least_rows
 
 
 def test_tiny_workspace_gives_one_row():
@@ -135,5 +136,4 @@ def test_no_rows():
 
 
 def test_unknown_device_is_planned_as_a_cpu():
-    sizes = (1000, 64, 1001, 4, 0, GIB)
-    assert plan(*sizes, device="meta") == plan(*sizes, device="cpu")
+    assert policy_of("meta") is policy_of("cpu")

@@ -8,8 +8,9 @@ import pytest
 import rows_cases
 import torch
 
-from lce_inductor.lower import cuda
-from lce_inductor.lower.plan import anchored_peak_bytes, peak_bytes, plan
+from lce_inductor.lower import heads
+from lce_inductor.lower.plan import planned
+from lce_inductor.lower.policy import ROWS
 from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -40,24 +41,24 @@ def test_special(name):
 
 def test_same_bits_every_time():
     a, grads = rows_cases.make(BIG[1], "cuda")
-    first = cuda.with_grad(a, LSE | TARGET | SUM, grads, (True, True, False))
-    second = cuda.with_grad(a, LSE | TARGET | SUM, grads, (True, True, False))
+    first = heads.with_grad(a, LSE | TARGET | SUM, grads, (True, True, False))
+    second = heads.with_grad(a, LSE | TARGET | SUM, grads, (True, True, False))
     for one, two in zip([*first[0], *first[1:]], [*second[0], *second[1:]]):
         assert one.equal(two)
 
 
 def test_no_synchronisation_and_captured_in_a_graph():
     a, grads = rows_cases.make(rows_cases.Case(N=300, H=64, V=1003, dtype=torch.bfloat16, chunk_tokens=128), "cuda")
-    want = cuda.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    want = heads.with_grad(a, LSE | TARGET, grads, (True, True, False))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cuda.with_grad(a, LSE | TARGET, grads, (True, True, False))
+        heads.with_grad(a, LSE | TARGET, grads, (True, True, False))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = cuda.with_grad(a, LSE | TARGET, grads, (True, True, False))
+        got = heads.with_grad(a, LSE | TARGET, grads, (True, True, False))
     for t in (*got[0], *got[1:]):
         if t.is_floating_point():
             t.fill_(float("nan"))
@@ -76,21 +77,16 @@ def test_peak_is_what_the_plan_predicts(dtype, N, H):
     one = torch.ones(N, device="cuda")
     a = rows_cases.HeadArgs(x, w, None, target, None, (), 0, 1 << 30)
     grads = RowGrads(lse=one, target=-one[:, None])
-    cuda.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    heads.with_grad(a, LSE | TARGET, grads, (True, True, False))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    cuda.with_grad(a, LSE | TARGET, grads, (True, True, False))
+    heads.with_grad(a, LSE | TARGET, grads, (True, True, False))
     measured = torch.cuda.max_memory_allocated() - before
-    p = plan(N, H, V, dtype.itemsize, 0, 1 << 30, "cuda")
-    anchored = cuda._why_rows(a, LSE | TARGET, grads, (True, True, False)) is None
-    assert not anchored or dtype == torch.bfloat16
-    if anchored:
-        predicted = anchored_peak_bytes(p, N, H, V, dx=True, dw=True)
-    else:
-        predicted = peak_bytes(p, N, H, V, dtype.itemsize, dx=True, dw=True)
-    assert abs(measured / predicted - 1) < 0.05, (measured, predicted)
+    p = planned(heads.request(a, LSE | TARGET, grads, (True, True, False)), x.device)
+    assert dtype == torch.bfloat16 or p.algorithm == ROWS
+    assert abs(measured / p.peak_bytes - 1) < 0.05, (measured, p)
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -100,7 +96,7 @@ def test_offsets_beyond_two_to_the_31():
     target = torch.randint(0, V, (N, 1), device="cuda")
     one = torch.ones(N, device="cuda")
     a = rows_cases.HeadArgs(x, w, None, target, None, (), N, 1 << 40)
-    stats, dx, _, _ = cuda.with_grad(a, LSE | TARGET, RowGrads(lse=one, target=-one[:, None]), (True, False, False))
+    stats, dx, _, _ = heads.with_grad(a, LSE | TARGET, RowGrads(lse=one, target=-one[:, None]), (True, False, False))
     z = (x[-5:] @ w.t()).float()
     torch.testing.assert_close(stats.lse[-5:], z.double().logsumexp(1), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(stats.target_logit[-5:], z.gather(1, target[-5:]), rtol=1e-2, atol=1e-2)
@@ -111,11 +107,11 @@ def test_offsets_beyond_two_to_the_31():
 def test_target_out_of_bounds_is_a_device_assertion():
     script = """
 import torch
-from lce_inductor.lower import cuda
+from lce_inductor.lower import heads
 from lce_inductor.spec.types import HeadArgs
 x = torch.randn(4, 8, device="cuda"); w = torch.randn(9, 8, device="cuda")
 t = torch.tensor([[1], [2], [9], [0]], device="cuda")
-cuda.forward(HeadArgs(x, w, None, t, None, (), 0, 1 << 30), 3)
+heads.forward(HeadArgs(x, w, None, t, None, (), 0, 1 << 30), 3)
 torch.cuda.synchronize()
 """
     run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)

@@ -5,6 +5,7 @@ The ops by themselves are in test_cuda.py; the edges of the numbers in test_numb
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 import lce_inductor
-from lce_inductor.lower import cuda
+from lce_inductor.lower.plan import using
+from lce_inductor.lower.policy import POLICIES, Anchored
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -37,10 +39,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def without_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_caches() -> Iterator[None]:
     """A graph from a cache runs no pass and counts nothing. Small sizes stand for those worth an anchored softmax."""
-    monkeypatch.setattr(cuda, "_ANCHORED_LEAST_WORK", 0)
-    with inductor_config.patch(force_disable_caches=True):
+    small = dataclasses.replace(POLICIES["cuda"], anchored=Anchored(least_work=0))
+    with using("cuda", small), inductor_config.patch(force_disable_caches=True):
         yield
 
 

@@ -1,9 +1,22 @@
 """Epilogues: text form, values and slopes."""
 
+import re
+
 import pytest
 import torch
 
-from lce_inductor.spec.epilogue import apply, apply_with_slope, is_finite, parse, unparse
+from lce_inductor.kernels import hopper_source
+from lce_inductor.spec.epilogue import (
+    STEPS,
+    affine_slope,
+    apply,
+    apply_with_slope,
+    flatten,
+    is_affine,
+    is_finite,
+    parse,
+    unparse,
+)
 
 TEXTS = [
     "",
@@ -33,6 +46,35 @@ def test_slope_is_the_derivative(text):
     torch.testing.assert_close(
         torch.as_tensor(1.0 if slope is None else slope, dtype=z.dtype).expand_as(y), expected_slope
     )
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_same_in_cuda(name):
+    """The text for the kernels, read as Python: f and f' of each step there is."""
+    steps = ((name, *(1.75, 2.5)[: STEPS[name].constants]),)
+    z = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    text = hopper_source._epilogue(steps, exact=True).split("{", 1)[1].rpartition("}")[0]
+    text = re.sub(r"\(float\)|float |[{}]", "", re.sub(r"(\d\.\d*)f", r"\1", text))
+    known = {"expf": torch.exp, "sqrtf": torch.sqrt, "z": z.clone(), "slope": torch.ones_like(z)}
+    exec("\n".join(line.strip() for line in text.split(";")), known)
+    y, slope = apply_with_slope(steps, z)
+    torch.testing.assert_close(known["z"], y)
+    torch.testing.assert_close(known["slope"], torch.ones_like(z) * (1.0 if slope is None else slope))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_affine(text):
+    steps, z = parse(text), torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(apply(steps, z).sum(), z)
+    assert is_affine(steps) == (slopes.max() - slopes.min() < 1e-12).item()
+    if is_affine(steps):
+        assert abs(affine_slope(steps) - slopes[0].item()) < 1e-12
+
+
+def test_flat_form():
+    assert flatten(parse("mul 2.0;add 0.5;div 4.0;tanh;sigmoid;rsqrt_cap 3.0 9.0")) == (
+        0, 2.0, 0, 1, 0.5, 0, 0, 0.25, 0, 2, 0, 0, 3, 0, 0, 4, 3.0, 9.0,
+    )  # fmt: skip
 
 
 def test_softcap_by_hand():

@@ -16,9 +16,12 @@ from lce_inductor.spec.epilogue import parse
 
 triton = pytest.importorskip("triton")
 from lce_inductor.kernels import hopper, hopper_source  # noqa: E402
+from lce_inductor.lower import plan  # noqa: E402
+from lce_inductor.lower.policy import POLICIES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC, which there is for NVIDIA's GPUs alone")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+H100 = plan.Device("cuda", triton=True, capability=(9, 0), hopper=True, clusters=66)
 SOFTCAP = "div 30.0;tanh;mul 30.0"
 EVERY_STEP = "mul 2.0;add 0.5;div 3.0;tanh;sigmoid;rsqrt_cap 15.0 225.0"
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -110,7 +113,7 @@ def test_no_registers_in_memory(v: hopper_source.Variant, most: int, tmp_path: P
 
 @pytest.mark.parametrize("H, fills", [(192, True), (768, True), (896, True), (1024, False), (640, False), (4096, True)])
 def test_where_tiles_of_dw_are_full(H: int, fills: bool) -> None:
-    assert hopper.fills_tiles(H) == fills
+    assert plan.products(256, H, 50257, torch.float16, H100, POLICIES["cuda"].products).dw == fills
 
 
 @pytest.mark.parametrize("steps", ["", SOFTCAP, EVERY_STEP])
@@ -153,13 +156,10 @@ def test_logits_against_fp64(N: int, H: int, V: int, dtype: torch.dtype) -> None
     stride = -(-V // 64) * 64
     z = torch.empty(N, stride, dtype=dtype, device="cuda")
     lse = torch.empty(N, dtype=torch.float64, device="cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_LEAST_LOGITS_N", 0)
-        patch.setattr(products, "_LEAST_LOGITS_V", 0)
-        half = N // 2 // hopper.PAIR * hopper.PAIR or N
-        for row0 in range(0, N, half):
-            rows = slice(row0, min(row0 + half, N))
-            assert products.logits_with_lse(z[rows], x, weight, row0, lse[rows])
+    half = N // 2 // hopper.PAIR * hopper.PAIR or N
+    for row0 in range(0, N, half):
+        rows = slice(row0, min(row0 + half, N))
+        assert products.logits_with_lse(z[rows], x, weight, row0, lse[rows])
     library = x @ weight.t()
     exact = x.double() @ weight.double().t()
     finite = exact.isfinite().all(1)
@@ -189,9 +189,10 @@ def test_parts_of_dx(n: int, H: int, V: int, parts: int, full: float) -> None:
 )
 def test_which_product_for_dx(n: int, H: int, ours: bool, caplog: pytest.LogCaptureFixture) -> None:
     """As measured, see NOTES.md; said once."""
-    hopper.beats_library_at_dx.cache_clear()
-    with caplog.at_level(logging.DEBUG, logger=hopper.log.name):
-        assert [hopper.beats_library_at_dx(n, H, 128256, 66) for _ in range(2)] == [ours, ours]
+    r = plan.Request(n, H, 128256, torch.bfloat16, n, 4 << 30, grads=1, mask=(True, True, False))
+    with caplog.at_level(logging.DEBUG, logger=plan.log.name):
+        found = plan.decide(r, H100, POLICIES["cuda"])
+    assert found.products.dx == found.products_of(n).dx == ours
     said = [m for m in caplog.messages if m.startswith(f"dX of {n} rows, H={H} ")]
     assert len(said) == 1 and ("ours in" in said[0]) == ours
 

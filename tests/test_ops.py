@@ -10,7 +10,21 @@ from torch.library import opcheck
 
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.spec.epilogue import unparse
-from lce_inductor.spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.spec.types import (
+    ARGMAX,
+    GRADIENTS,
+    LSE,
+    MAX,
+    NEG_ENTROPY,
+    NO_TARGET,
+    STATISTICS,
+    SUM,
+    TARGET,
+    HeadArgs,
+    RowGrads,
+    Stats,
+    needed,
+)
 
 ops = torch.ops.lce_inductor
 BUDGET = 1 << 30
@@ -339,3 +353,23 @@ def test_unknown_epilogue():
     tensors, plan = flat(a)
     with pytest.raises(ValueError, match="unknown step 'cosh'"):
         ops.row_stats(*tensors, "cosh", LSE, *plan)
+
+
+def test_statistics_are_listed_once():
+    """What a type checker has to see, and the ops' schemas, say what the table says."""
+    assert Stats._fields == tuple(s.result for s in STATISTICS)
+    assert [f for f in RowGrads._fields if f != "lse_slope"] == [s.name for s in STATISTICS if s.has_gradient]
+    for name in ("row_stats", "row_stats_backward", "row_stats_with_grad"):
+        op = getattr(torch.ops.lce_inductor, name).default._schema
+        grads = [a.name for a in op.arguments if a.name.startswith("g_")]
+        results = [r.name for r in op.returns]
+        assert [g for g in grads if g != "g_lse_slope"] == ([] if name == "row_stats" else list(GRADIENTS))
+        assert results[: len(STATISTICS)] == list(Stats._fields) or name == "row_stats_backward"
+
+
+def test_bits_of_gradients():
+    one = torch.ones(1)
+    assert RowGrads().bits() == 0 and RowGrads(lse_slope=one).bits() == LSE
+    assert RowGrads(lse=one, target=one, sum=one, neg_entropy=one).bits() == LSE | TARGET | SUM | NEG_ENTROPY
+    assert needed(TARGET, 0) == TARGET and needed(TARGET, LSE | SUM) == TARGET | LSE
+    assert needed(0, NEG_ENTROPY) == LSE | NEG_ENTROPY

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lce_inductor.lower.products import on_sectors, pieces, weight_gradient
+from lce_inductor.lower.plan import pieces
+from lce_inductor.lower.products import on_sectors, weight_gradient
 
 
 def rows(N: int, H: int, stride: int, first: int = 0) -> Tensor:

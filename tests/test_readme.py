@@ -18,7 +18,8 @@ import lce_inductor
 from lce_inductor.bench.__main__ import _parser
 from lce_inductor.bench.models import _parser as models_parser
 from lce_inductor.config import Config
-from lce_inductor.lower.plan import POLICIES, peak_bytes, plan
+from lce_inductor.lower.plan import chunks, peak_bytes
+from lce_inductor.lower.policy import POLICIES
 from lce_inductor.reasons import REASONS
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +146,7 @@ def test_settings_table_has_every_field() -> None:
 def test_memory_worked_out() -> None:
     memory = DOCS["memory.md"]
     N, H, V = 81920, 4096, 128256
-    p = plan(N, H, V, 2, 0, Config().workspace_bytes)
+    p = chunks(N, H, V, 2, 0, Config().workspace_bytes, POLICIES["cuda"].chunks)
     assert f"{N:,} × {V:,} × 2 bytes = {N * V * 2 / 2**30:.2f} GiB" in memory
     assert f"{p.rows:,} rows of {V:,} logits, {p.rows * p.row_stride * 2 / 2**30:.2f} GiB" in memory.replace("\n", " ")
     assert f"({V:,} × {H:,} × 4 = {V * H * 4 / 2**30:.2f} GiB)" in memory
@@ -155,7 +156,7 @@ def test_memory_worked_out() -> None:
 
 def test_what_is_little_saved() -> None:
     """The same limit in the chunk plan, in the reason that users see, and in the pages."""
-    text = f"save less than {POLICIES['cuda'].least_saving >> 20} MiB"
+    text = f"save less than {POLICIES['cuda'].chunks.least_saving >> 20} MiB"
     assert text in REASONS["little-saved"].explanation
     assert DOCS["reasons.md"].count(text) == DOCS["limits.md"].count(text) == 1
     assert set(re.findall(r"save less than \d+ MiB", PAGES)) == {text}

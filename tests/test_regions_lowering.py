@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from lce_inductor.bench import regions as bench
 from lce_inductor.bench.shapes import Shape
 from lce_inductor.lower import blocks, compiled, region_cpu, region_cuda
 from lce_inductor.lower import regions as lowering
+from lce_inductor.lower.plan import using
+from lce_inductor.lower.policy import POLICIES
 from lce_inductor.lower.regions import prepare, run
 from lce_inductor.ops import regions
 from lce_inductor.spec.program import Sym, parse
@@ -56,11 +59,13 @@ def test_few_rows(name: str, n: int) -> None:
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The GPU's plan, padded rows and pieces of products, on the CPU."""
     monkeypatch.setattr(lowering, "device_of", lambda a: region_cuda)
     monkeypatch.setattr(region_cuda, "guard", lambda t: contextlib.nullcontext())
     monkeypatch.setattr(region_cuda, "_BLOCK", 4 * V)
+    with using("cpu", POLICIES["cuda"]):
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,7 +101,7 @@ def test_every_step_reuses_memory(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_budget_is_kept() -> None:
     case = divergence(N, H, V, torch.float32)
-    assert case.arguments(workspace_bytes=5 * 2 * V * 4).plan("cpu").rows == 5
+    assert case.arguments(workspace_bytes=5 * 2 * V * 4).chunks().rows == 5
     close(case.run(workspace_bytes=5 * 2 * V * 4), case.reference(), 2e-6)
 
 

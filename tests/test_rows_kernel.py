@@ -15,6 +15,7 @@ if INTERPRETED:
 
     # The interpreter truncates where the GPU rounds to bf16: up to twice the error.
     FACTOR = 2.5
+    SM_90 = rows_cases.Planned(device=rows_cases.SM_90, policy=rows_cases.ALWAYS_OURS)
 
     @pytest.mark.parametrize("case", rows_cases.CASES, ids=str)
     def test_against_fp64(case):
@@ -32,7 +33,7 @@ if INTERPRETED:
 
         launched = hopper_emulated.emulate(monkeypatch)
         case = rows_cases.Case(N=23, H=H, V=101, dtype=dtype, chunk_tokens=8)
-        rows_cases.check(case, "cpu", FACTOR)
+        rows_cases.check(case, "cpu", FACTOR, SM_90)
         # Three chunks, in the forward and in the backward.
         assert launched.count("dw") == (6 if by_us else 0) and launched.count("dx") == (6 if H % 8 == 0 else 0)
 
@@ -41,25 +42,22 @@ if INTERPRETED:
         """Where nothing else needs a pass over the logits; the last tile of classes is not full."""
         import hopper_emulated
 
-        from lce_inductor.lower import products
-
-        monkeypatch.setattr(products, "_LEAST_LOGITS_N", 0)
-        monkeypatch.setattr(products, "_LEAST_LOGITS_V", 0)
         stats, mask = rows_cases.LSE | rows_cases.TARGET, (True, True, False)
         case = rows_cases.Case(N=23, H=40, V=401, K=2, dtype=dtype, chunk_tokens=8, grads=("lse", "target"))
         a, grads = rows_cases.make(case, "cpu")
-        want_forward, want = rows_cases.cuda.forward(a, stats), rows_cases.cuda.with_grad(a, stats, grads, mask)
+        plain = rows_cases.Planned()
+        want_forward, want = plain.forward(a, stats), plain.with_grad(a, stats, grads, mask)
         launched = hopper_emulated.emulate(monkeypatch)
-        found_forward, found = rows_cases.cuda.forward(a, stats), rows_cases.cuda.with_grad(a, stats, grads, mask)
+        found_forward, found = SM_90.forward(a, stats), SM_90.with_grad(a, stats, grads, mask)
         names = ["PLAIN STORE SUM" if dtype == torch.bfloat16 else "HALF PLAIN STORE SUM"] * 3
         assert [name for name in launched if name != "dx"] == names * 2 and launched.count("dx") == 3
         for ours, theirs in zip((*found_forward, *found[0], *found[1:]), (*want_forward, *want[0], *want[1:])):
             rounding = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(ours.dtype, 1e-5)
             torch.testing.assert_close(ours, theirs, rtol=rounding, atol=1e-6)
         launched.clear()
-        rows_cases.cuda.forward(a, stats | rows_cases.SUM)
-        rows_cases.cuda.forward(a._replace(bias=torch.zeros(401, dtype=dtype)), stats)
-        rows_cases.cuda.forward(a._replace(epilogue=(("mul", 2.0),)), stats)
+        SM_90.forward(a, stats | rows_cases.SUM)
+        SM_90.forward(a._replace(bias=torch.zeros(401, dtype=dtype)), stats)
+        SM_90.forward(a._replace(epilogue=(("mul", 2.0),)), stats)
         assert not launched
 
     def test_target_out_of_bounds():
@@ -67,7 +65,7 @@ if INTERPRETED:
         for bad in (a.weight.shape[0], -1):
             a.target[1] = bad
             with pytest.raises(RuntimeError, match="target out of bounds"):
-                rows_cases.cuda.forward(a, rows_cases.LSE)
+                rows_cases.Planned().forward(a, rows_cases.LSE)
 
 else:
 

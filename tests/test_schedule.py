@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
-from lce_inductor.schedule import rewrite
+from lce_inductor.lower.plan import Request, planned, using
+from lce_inductor.lower.policy import POLICIES
 
 Fn = Callable[..., object]
 
@@ -430,15 +432,15 @@ def test_dynamic_rows(name, installed):
 # -- sums in fp32
 
 
-def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monkeypatch):
+def test_a_product_takes_the_sums_of_dw_before_they_are_rounded():
     """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
-    seen = []
-    monkeypatch.setattr(rewrite, "_is_summed_wide", lambda *a: not seen.append(a))
     fn = lambda x, w, y: 3 * cross_entropy(x, w, y)
     args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
-    compiled = Compiled(fn)
-    compiled(*args).backward()
-    assert len(seen) == 1 and compiled.gradients == ["forward"]
+    as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
+    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), as_on_a_gpu:
+        compiled = Compiled(fn)
+        compiled(*args).backward()
+    assert compiled.gradients == ["forward"]
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
     fn(*exact).backward()
     for found, want in zip(args[:2], exact[:2], strict=True):
@@ -461,9 +463,7 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(installed, monke
     ],
 )
 def test_where_dw_stays_in_fp32(device, dtype, N, H, V, chunk_tokens, wide):
-    with torch._subclasses.FakeTensorMode():
-        x, w = (torch.empty(n, H, dtype=dtype, device=device) for n in (N, V))
-    assert rewrite._is_summed_wide(x, w, chunk_tokens, 1 << 30) == wide
+    assert planned(Request(N, H, V, dtype, chunk_tokens, 1 << 30), torch.device(device)).wide == wide
 
 
 # -- the graphs

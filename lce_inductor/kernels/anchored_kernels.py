@@ -10,36 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import epilogue
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 # Exponentials are taken relative to the anchor. Beyond this sum (60 nats) the row is done again with its maximum
 # as the anchor: fp32 and bf16 end at 88 nats, and the other side of that room belongs to the row's coefficient,
 # exp(-60) times a gradient and an element of x.
 SATURATED = tl.constexpr(1.0e26)
-
-
-@triton.jit
-def _epilogue(y, STEPS: tl.constexpr):
-    """f(y) and f'(y), as in rows.py, but for a tanh good to 1e-7 of its range: what counts here is exp(y)."""
-    slope = tl.full(y.shape, 1.0, tl.float32)
-    for i in tl.static_range(0, len(STEPS), 3):
-        if STEPS[i] == 0:
-            y = y * STEPS[i + 1]
-            slope = slope * STEPS[i + 1]
-        elif STEPS[i] == 1:
-            y = y + STEPS[i + 1]
-        elif STEPS[i] == 2:
-            y = 1 - 2 / (1 + tl.exp(2 * y))
-            slope = slope * (1 - y * y)
-        elif STEPS[i] == 3:
-            y = 1 / (1 + tl.exp(-y))
-            slope = slope * (y * (1 - y))
-        else:
-            square = y * y + STEPS[i + 2]
-            root = tl.sqrt(square)
-            y = STEPS[i + 1] * y / root
-            slope = slope * (STEPS[i + 1] * STEPS[i + 2] / (square * root))
-    return y, slope
 
 
 @triton.jit
@@ -95,7 +73,7 @@ def anchor_kernel(
         raw = tl.sum(product, 0)
         if bias_ptr is not None:
             raw += tl.load(bias_ptr + v).to(tl.float32)
-        y, _ = _epilogue(raw, STEPS)
+        y, _ = epilogue(raw, STEPS, FAST=True)
         anchor = tl.where(y == y, tl.maximum(anchor, y), y)
     tl.store(anchor_ptr + n, anchor)
     tl.store(raw_ptr + n, raw)
@@ -106,7 +84,7 @@ def anchor_kernel(
         for h in range(0, H, BLOCK_H):
             xs = tl.load(x_row + h + offs_h, mask=offs_h + h < H, other=0.0).to(tl.float32)
             product += xs * tl.load(class_sum_ptr + h + offs_h, mask=offs_h + h < H, other=0.0)
-        shift, slope = _epilogue(tl.full((), 0.0, tl.float32), STEPS)
+        shift, slope = epilogue(tl.full((), 0.0, tl.float32), STEPS, FAST=True)
         # sum_v c_v (slope (x w_v + b_v) + shift), with the sums of c_v b_v and of c_v beforehand
         total = slope * (tl.sum(product, 0) + tl.load(sum_shift_ptr)) + shift * tl.load(sum_shift_ptr + 1)
         tl.store(sum_ptr + n, total)
@@ -119,7 +97,7 @@ def _exps(acc, cols, y_col, a, V, bias_ptr, STEPS: tl.constexpr):
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     if len(STEPS) > 0:
-        z, slope = _epilogue(z, STEPS)
+        z, slope = epilogue(z, STEPS, FAST=True)
     # The target's own entry is known better than bf16 can hold it: it stays out, here and in the products.
     out = (cols[None, :] == y_col[:, None]) | (cols[None, :] >= V)
     high = tl.max(tl.where(out, float("-inf"), z), 1)
@@ -137,7 +115,7 @@ def logits_kernel(
     sums_ptr, maxima_ptr, part_stride, row_max_ptr, flag_ptr, any_ptr,
     n, row0, V, H,
     STEPS: tl.constexpr, STORE: tl.constexpr, SUM: tl.constexpr, REDO: tl.constexpr,
-    COMPILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
+    COMPILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """E = exp(Y - anchor) of a chunk, from the fp32 accumulators: E in bf16 and its sums over each column tile.
@@ -151,7 +129,6 @@ def logits_kernel(
             return
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    WIDTH: tl.constexpr = BLOCK_V // SPLIT
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         pid_n, pid_v = _tile(tile, tiles_n, tiles_v, GROUP)
         first_n = pid_n * BLOCK_N
@@ -180,21 +157,9 @@ def logits_kernel(
             y_col = tl.full((BLOCK_N,), -1, tl.int32)
             if target_ptr is not None:
                 y_col = _column(target_ptr, (row0 + rows).to(tl.int64) * stride_t, V, inside)
-            offs = tl.arange(0, WIDTH)
-            if SPLIT == 1:
-                total, high, e = _exps(acc, first_v + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v], e.to(tl.bfloat16))
-            else:
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, WIDTH)), (0, 2, 1)))
-                total, high, e = _exps(left, first_v + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v], e.to(tl.bfloat16))
-                more, higher, e = _exps(right, first_v + WIDTH + offs, y_col, a, V, bias_ptr, STEPS)
-                if STORE:
-                    e_desc.store([first_n, first_v + WIDTH], e.to(tl.bfloat16))
-                total += more
-                high = tl.maximum(high, higher)
+            total, high, e = _exps(acc, first_v + tl.arange(0, BLOCK_V), y_col, a, V, bias_ptr, STEPS)
+            if STORE:
+                e_desc.store([first_n, first_v], e.to(tl.bfloat16))
             if SUM:
                 where = pid_v.to(tl.int64) * part_stride + rows
                 tl.store(sums_ptr + where, total, mask=inside)
@@ -275,7 +240,7 @@ def normalise_kernel(
             u = g / total
             # g p_t + g_t with p_t = 1 - rest / total: nothing cancels where g_t = -g.
             d = (g + g_t) * (at_target / total) + g_t * (rest / total)
-        _, slope = _epilogue(tl.load(raw_ptr + rows, mask=inside, other=0.0), STEPS)
+        _, slope = epilogue(tl.load(raw_ptr + rows, mask=inside, other=0.0), STEPS, FAST=True)
         tl.store(u_ptr + local, u, mask=inside)
         tl.store(d_ptr + rows, tl.where(t >= 0, d * slope, 0.0), mask=inside)
 

@@ -1,4 +1,8 @@
-"""Launches of anchored_kernels.py: the anchored softmax where hopper.py's kernels are not to be had."""
+"""Launches of anchored_kernels.py: the anchored softmax where hopper.py's kernels are not to be had.
+
+That is on compute capability 9.0 without NVRTC, where it beats the row kernel (NOTES.md), and under the interpreter,
+which tests the algorithm without a GPU. Nothing else was measured, and it is chosen nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..spec.epilogue import flatten
 from ..spec.sizes import ceil_div
 from . import anchored_kernels as kernels
 from . import tuning
 from .call import Call
 from .hopper import PAIR  # rows that share a mark "one of these is saturated"
-from .rows import flatten
 
 # Programs of column_sums: enough of them to have loads in flight all the time.
 _COLUMN_SUMS = 2048
@@ -58,17 +62,17 @@ class Launches:
 
     def exponentials(self, h: Call, row0: int, n: int, redo: bool) -> None:
         t = self._tiles
-        e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns // t.split)  # not kept: it holds e
+        e_desc = None if h.e is None else _descriptor(h.e, t.rows, t.columns)  # not kept: it holds e
         compiled = self._capability is not None
         programs = ceil_div(n, t.rows) * h.tiles
-        most = tuning.multiprocessors(h.x.device) * t.per_sm if compiled else 3
+        most = tuning.multiprocessors(h.x.device) if compiled else 3
         kernels.logits_kernel[(min(programs, most),)](
             self._x_desc, self._w_desc, e_desc,
             h.lse if h.known else self.anchor, h.bias, h.target, h.stride_t,
             self.sums, self.maxima, h.rows, self.row_max, self.flag, self._found(row0),
             n, row0, h.V, h.H,
             STEPS=self._steps, STORE=h.e is not None, SUM=not h.known, REDO=redo,
-            COMPILED=compiled, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth, SPLIT=t.split,
+            COMPILED=compiled, BLOCK_N=t.rows, BLOCK_V=t.columns, BLOCK_H=t.depth,
             GROUP=t.group, FLATTEN=t.flatten and not redo, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
@@ -84,7 +88,7 @@ class Launches:
         )  # fmt: skip
 
     def product(self, h: Call, n: int) -> bool:
-        """False: the library's is faster."""
+        """False: left to the library, which is faster than Triton (NOTES.md)."""
         return False
 
     def spread(self, h: Call, row0: int, n: int, tail: int) -> None:

@@ -16,7 +16,7 @@ class Call:
         N, H, V: sizes. rows, chunks: of the plan; the last chunk may have fewer rows. tiles: of the first product's
             columns.
         x, weight, bias, target, stride_t: [N, H], [V, H], [V] in fp32, [N] with that stride.
-        steps, slope: the epilogue, and its derivative where it is affine.
+        steps, slope: the epilogue, and its derivative where sums of logits have a gradient (it is affine then).
         samples: classes that a row without a target looks at for its anchor.
         store: is there room for a chunk's exponentials? known: is lse known beforehand?
         lse, d: [N], d as the kernels say. target_logit: [N, 1]. sum_logits: [N].

@@ -52,6 +52,7 @@ _PRODUCTS = {
     torch.bfloat16: (_LOGITS, _DX, _DW),
     torch.float16: tuple(v._replace(flags=v.flags | {"HALF"}) for v in (_LOGITS, _DX, _DW)),
 }
+DTYPES = frozenset(_PRODUCTS)
 
 
 class Products(NamedTuple):
@@ -230,10 +231,10 @@ class Launches:
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
     def product(self, h: Call, n: int) -> bool:
-        """h.product[:n] = E @ weight, or False where the library is faster."""
+        """h.product[:n] = E @ weight, or False where that is left to the library."""
         assert h.product is not None and h.e is not None
         kernels = products(h.x.device, h.x.dtype)
-        if kernels is None or not beats_library_at_dx(n, h.H, h.V, self._prepared.clusters):
+        if kernels is None:
             return False
         counts = self._rows.anchor + self._prepared.begins[-2]
         self._counted += launch_dx(kernels.dx, h.product[:n], h.e[:n], h.weight, counts, self._counted)
@@ -250,11 +251,6 @@ class Launches:
 
     def _found(self, row0: int) -> int:
         return self._rows.marked + row0 // self._chunk_rows * self._prepared.marks_apart
-
-
-def fills_tiles(H: int) -> bool:
-    """Is little of dW's tiles of 192 columns empty? Else the library's products are faster (NOTES.md)."""
-    return 0.9 * COLUMNS * ceil_div(H, COLUMNS) <= H
 
 
 def clusters(device: torch.device) -> int:
@@ -301,13 +297,13 @@ def parts_of_dx(n: int, H: int, V: int, clusters: int) -> Parts:
     """The fewest parts with which the tiles come out even on the clusters, or nearly so."""
     tiles, steps = ceil_div(n, PAIR) * ceil_div(H, COLUMNS), ceil_div(V, DEPTH)
     wanted = range(1, _MOST_PARTS + 1)
-    even = [_even(tiles * parts, clusters) for parts in wanted]
-    parts = next((p for p, e in zip(wanted, even) if e > 0.99), wanted[even.index(max(even))])
+    full = [even(tiles * parts, clusters) for parts in wanted]
+    parts = next((p for p, f in zip(wanted, full) if f > 0.99), wanted[full.index(max(full))])
     parts = ceil_div(steps, ceil_div(steps, parts))  # none of them is empty
-    return Parts(parts, _even(tiles * parts, clusters) * n * H / (tiles * PAIR * COLUMNS))
+    return Parts(parts, even(tiles * parts, clusters) * n * H / (tiles * PAIR * COLUMNS))
 
 
-def _even(tiles: int, at_once: int) -> float:
+def even(tiles: int, at_once: int) -> float:
     """How full the GPU is with so many tiles of which it takes `at_once` at a time, up to 1."""
     return tiles / (at_once * ceil_div(tiles, at_once))
 
@@ -315,15 +311,6 @@ def _even(tiles: int, at_once: int) -> float:
 def counts_of_dx(n: int, H: int) -> int:
     """What is claimed; then one for each tile of ROWS rows, of which each PAIR has two, and COLUMNS columns."""
     return 1 + 2 * ceil_div(n, PAIR) * ceil_div(H, COLUMNS)
-
-
-@functools.lru_cache(maxsize=256)
-def beats_library_at_dx(n: int, H: int, V: int, clusters: int) -> bool:
-    """Does our product come out even, where the library's tiles of 128 x 256 do not (NOTES.md)?"""
-    library, parts = _even(ceil_div(n, 128) * ceil_div(H, 256), 2 * clusters), parts_of_dx(n, H, V, clusters)
-    ours = H >= 1024 and library < 0.9 and parts.full >= 0.95
-    log.debug("dX of %d rows, H=%d V=%d: %s", n, H, V, f"ours in {parts.count} parts" if ours else "the library's")
-    return ours
 
 
 def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, counts: int, before: int) -> int:

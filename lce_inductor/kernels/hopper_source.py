@@ -99,7 +99,7 @@ __device__ __forceinline__ void wgmma_bn(float (&d)[{n}], unsigned long long a, 
 
 
 def _epilogue(steps: Steps, exact: bool) -> str:
-    """f(z) and f'(z), as in anchored_kernels.py; not exact: an instruction for each function, whose results are within
+    """f(z) and f'(z), as in rows.py; not exact: an instruction for each function, whose results are within
     2^-22 of IEEE's, for which division is a loop's worth of code."""
     exp, inverse, root = ("expf({})", "1.0f / ({})", "1.0f / sqrtf({})") if exact else (
         "exp2_fast({} * 1.4426950408889634f)", "inverse_fast({})", "rsqrtf({})")  # fmt: skip

@@ -15,11 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec.epilogue import Steps, reciprocal
+from ..spec.epilogue import Steps, flatten
 from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
-
-# The epilogue travels as a flat tuple of numbers, three for each step: code, constant, constant.
-_CODES = {"mul": 0, "add": 1, "tanh": 2, "sigmoid": 3, "rsqrt_cap": 4}
 
 
 class RowConfig(NamedTuple):
@@ -33,16 +30,6 @@ def config(V: int, itemsize: int) -> RowConfig:
     """Layout for rows of V elements: enough loads in flight, few enough registers (NOTES.md has the others)."""
     block = min(triton.next_power_of_2(max(V, 16)), 8192 // itemsize)
     return RowConfig(block, min(max(block * itemsize // 1024, 1), 8))
-
-
-def flatten(steps: Steps) -> tuple[float, ...]:
-    """Epilogue steps as the kernel takes them; a division by a constant becomes a product."""
-    program: list[float] = []
-    for name, *c in steps:
-        if name == "div":
-            name, c = "mul", [reciprocal(c[0])]
-        program += [_CODES[name], *c, *[0.0] * (2 - len(c))]
-    return tuple(program)
 
 
 def launch(
@@ -136,8 +123,8 @@ def _tanh(x):
 
 
 @triton.jit
-def _epilogue(y, STEPS: tl.constexpr):
-    """f(y) and f'(y)."""
+def epilogue(y, STEPS: tl.constexpr, FAST: tl.constexpr = False):
+    """f(y) and f'(y); the numbers are spec.epilogue.CODES. FAST: tanh is good to 1e-7 of its range alone."""
     slope = tl.full(y.shape, 1.0, y.dtype)
     for i in tl.static_range(0, len(STEPS), 3):
         if STEPS[i] == 0:
@@ -146,7 +133,10 @@ def _epilogue(y, STEPS: tl.constexpr):
         elif STEPS[i] == 1:
             y = y + STEPS[i + 1]
         elif STEPS[i] == 2:
-            y = _tanh(y)
+            if FAST:
+                y = 1 - 2 / (1 + tl.exp(2 * y))
+            else:
+                y = _tanh(y)
             slope = slope * (1 - y * y)
         elif STEPS[i] == 3:
             y = 1 / (1 + tl.exp(-y))
@@ -166,7 +156,7 @@ def _logits(z_row, row_stride, V, bias_ptr, offs_v, STEPS: tl.constexpr, ACC: tl
     y = tl.load(z_row + offs_v, mask=offs_v < row_stride, other=0.0).to(ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(ACC)
-    return _epilogue(y, STEPS)
+    return epilogue(y, STEPS)
 
 
 @triton.jit
@@ -204,7 +194,7 @@ def rows_kernel(
             y = tl.load(z_row + t, mask=t >= 0, other=0.0).to(ACC)
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + t, mask=t >= 0, other=0.0).to(ACC)
-            y, _ = _epilogue(y, STEPS)
+            y, _ = epilogue(y, STEPS)
             tl.store(target_logit_ptr + n * K + k, tl.where(t >= 0, y, 0.0))
 
     high = tl.full((), float("-inf"), ACC)

@@ -1,7 +1,7 @@
-"""Layouts of the kernels' products, found by measuring and shipped as data: nothing is searched at run time.
+"""Layouts of the Triton kernels' products, found by measuring and shipped as data: nothing is searched at run time.
 
 One row per device kind and product: what the kernel multiplies, and up to which inner size the layout is best.
-NOTES.md has the measurements. A GPU that is not here has no anchored softmax; see lower/cuda.py.
+NOTES.md has the measurements. A GPU that is not here has no anchored softmax; see lower/policy.py.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ import torch
 class Tiles(NamedTuple):
     """Tile sizes of a product: rows and columns of the result, depth of one step; then how it is laid out.
 
-    split: pieces of the result that the epilogue takes one after another. group: row tiles that share columns.
-    per_sm: programs on one multiprocessor. flatten: one loop over tiles and depth, prefetching across tiles.
+    group: row tiles that share columns. flatten: one loop over tiles and depth, prefetching across tiles.
     """
 
     rows: int
     columns: int
     depth: int
-    split: int
     group: int
     warps: int
     stages: int
-    per_sm: int
     flatten: bool
 
 
-WIDE = Tiles(128, 256, 64, split=1, group=16, warps=8, stages=3, per_sm=1, flatten=True)
+WIDE = Tiles(128, 256, 64, group=16, warps=8, stages=3, flatten=True)
 
 # (capability, product) -> rows (largest inner size, layout), in rising order.
 TABLE: dict[tuple[tuple[int, int], str], tuple[tuple[float, Tiles], ...]] = {
@@ -39,7 +36,7 @@ TABLE: dict[tuple[tuple[int, int], str], tuple[tuple[float, Tiles], ...]] = {
 }
 
 # Under the interpreter: the smallest sizes that still make several tiles of everything.
-INTERPRETED = Tiles(16, 32, 16, split=2, group=2, warps=4, stages=1, per_sm=1, flatten=False)
+INTERPRETED = Tiles(16, 32, 16, group=2, warps=4, stages=1, flatten=False)
 
 
 def tiles(capability: tuple[int, int] | None, product: str, inner: int) -> Tiles:

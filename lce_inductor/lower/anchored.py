@@ -26,66 +26,60 @@ from torch import Tensor
 
 from ..kernels import anchored_triton, hopper
 from ..kernels.call import Call
-from ..spec.epilogue import Steps, reciprocal
-from ..spec.sizes import ceil_div
+from ..spec.epilogue import affine_slope
 from ..spec.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
-from .plan import ChunkPlan, plan
+from .plan import Mask, Plan
+from .policy import ANCHORED
 from .products import on_sectors, product, weight_gradient
-
-Mask = tuple[bool, bool, bool]
 
 # Rows without a target look at this many classes for an anchor.
 _SAMPLES = 16
-# Bytes of the partial sums of a forward without gradients: it stores nothing else.
-_SUMS_BYTES = 32 << 20
 
 
-def forward(a: HeadArgs, stats: int) -> Stats:
+def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
     """Statistics LSE, TARGET and SUM: one product, of which only partial sums are written."""
-    head = Head(a, stats)
-    N, unit = head.N, hopper.PAIR
-    rows = max(_SUMS_BYTES // (8 * head.tiles) // unit, 1) * unit
-    rows = ceil_div(ceil_div(N, ceil_div(N, rows)), unit) * unit if N else 1
-    chunks = ChunkPlan(min(rows, max(N, 1)), ceil_div(N, rows), 0)
-    head.start(chunks, store=False)
+    head = Head(a, stats, p)
+    head.start(store=False)
     head.first_product(None)
-    for row0, n in chunks.bounds(N):
+    for row0, n in p.chunks.bounds(head.N):
         head.logits(row0, n)
     return head.stats()
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients with three products; wide: dW and db in fp32."""
-    head = Head(a, stats)
+    head = Head(a, stats, p)
     gradients = _gradients(head, grads, mask, grad_dtype(a.x.dtype, wide))
     return (head.stats(), *gradients)
 
 
-def backward(a: HeadArgs, lse: Tensor, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+def backward(
+    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
+) -> tuple[Tensor, ...]:
     """Gradients from the forward's lse, by computing the logits again."""
-    return _gradients(Head(a, 0, lse.float().contiguous()), grads, mask, a.x.dtype)
+    assert neg_entropy is None
+    return _gradients(Head(a, 0, p, lse.float().contiguous()), grads, mask, a.x.dtype)
 
 
 def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     assert mask[1] or not mask[2]
-    a, N, V = head.a, head.N, head.V
-    p = plan(N, head.H, V, 2, a.chunk_tokens, a.workspace_bytes, device="cuda")
-    head.start(p, store=True)
-    buffer = a.x.new_empty(p.rows, p.row_stride)
+    a, p, N, V = head.a, head.plan, head.N, head.V
+    head.start(store=True)
+    buffer = a.x.new_empty(p.chunks.rows, p.chunks.row_stride)
     head.first_product(buffer)
     # From here on the GPU is busy.
     head.prepare_gradients(grads, mask)
-    for row0, n in p.bounds(N):
+    for row0, n in p.chunks.bounds(N):
         head.logits(row0, n)
-        tail = 0
-        if head.product is not None and not head.launches.product(head, n):
+        tail, ours = 0, p.products_of(n)
+        if head.product is not None and not (ours.dx and head.launches.product(head, n)):
             tail = head.product_by_library(n)
         head.launches.spread(head, row0, n, tail)
         if head.dw is not None:
             assert head.xs is not None
-            weight_gradient(head.dw, buffer[:n], head.xs[:n], accumulate=row0 > 0)
+            weight_gradient(head.dw, buffer[:n], head.xs[:n], ours.dw, accumulate=row0 > 0)
         if head.db is not None:
             head.db += head.column_sums(buffer[:n, :V], head.launches.u)
     # What is below needs room for dW in both precisions: the chunk goes first.
@@ -100,8 +94,9 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
 class Head(Call):
     """A call, and the order of its launches; the engine's `launches` see all of it."""
 
-    def __init__(self, a: HeadArgs, stats: int, lse: Tensor | None = None) -> None:
-        self.a, self.asked = a, stats
+    def __init__(self, a: HeadArgs, stats: int, p: Plan, lse: Tensor | None = None) -> None:
+        self.a, self.asked, self.plan = a, stats, p
+        self.rows, self.chunks = p.chunks.rows, p.chunks.count
         self.N, self.H = a.x.shape
         self.V = a.weight.shape[0]
         self.x = on_sectors(a.x)
@@ -117,18 +112,19 @@ class Head(Call):
         columns = 0 if a.target is None else a.target.shape[1]
         self.target_logit = self.f32(self.N, columns) if stats & TARGET else None
         self.sum_logits = self.f32(self.N) if stats & SUM else None
-        self.engine = hopper if hopper.supported(a.x.device) else anchored_triton
+        ours = p.algorithm == ANCHORED and hopper.supported(a.x.device)
+        self.engine = hopper if ours else anchored_triton
         self.tiles = self.engine.tiles(self)
         self.grads = RowGrads()
         self.class_sum = self.shift = self.d = None
         self.product = self.xs = self.dx = self.dw = self.db = None
 
-    def start(self, p: ChunkPlan, store: bool) -> None:
+    def start(self, store: bool) -> None:
         """Anchors. Until they are launched the GPU waits, and every microsecond of the host is one of the step.
 
         store: there will be room for a chunk's exponentials.
         """
-        self.rows, self.chunks, self.store = p.rows, p.count, store
+        self.store = store
         if self.N:
             if self.sum_logits is not None:
                 c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
@@ -152,7 +148,7 @@ class Head(Call):
         self.grads = RowGrads(*(None if t is None else t.float() for t in g))
         if g.sum is not None and self.class_sum is None:
             self.class_sum = self.column_sums(self.weight, self.class_weight)
-        self.slope = slope_of(self.steps)
+        self.slope = 1.0 if g.sum is None else affine_slope(self.steps)
         self.d = self.f32(self.N)
         if mask[0]:
             self.dx, self.product = x.new_empty(self.N, self.H), self.f32(rows, self.H)
@@ -218,18 +214,10 @@ class Head(Call):
         if self.target is None and self.target_logit is not None:
             self.target_logit.zero_()
         return Stats(
-            self.lse if self.asked & LSE else nothing,
+            self.lse.double() if self.asked & LSE else nothing.double(),
             nothing if self.target_logit is None else self.target_logit,
             nothing if self.sum_logits is None else self.sum_logits,
             nothing,
             nothing,
             nothing.to(torch.int64),
         )
-
-
-def slope_of(steps: Steps) -> float:
-    """f' of an affine epilogue: the product of its factors."""
-    slope = 1.0
-    for name, *c in steps:
-        slope *= c[0] if name == "mul" else reciprocal(c[0]) if name == "div" else 1.0
-    return slope

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec.program import Program, Ref, Sym
-from .plan import ChunkPlan, plan
+from .plan import ChunkPlan, chunks, policy_of
 
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 
@@ -42,14 +42,15 @@ class Arguments(NamedTuple):
     def first(self) -> Tensor:
         return (*self.xs, *self.rows, *self.whole)[0]
 
-    def plan(self, kind: str) -> ChunkPlan:
+    def chunks(self) -> ChunkPlan:
         """Chunks in which all heads together keep to the budget; or, without one, the widest factor of dX and dW."""
         factors = [self.matrices[r.other].shape[0] for r in self.program.results if r.kind == "dx"]
         factors += [self.size(r.sizes)[0] for r in self.program.results if r.kind == "dw"]
         V = sum(w.shape[1] for w in self.weights) or max(factors, default=1)
         H = max((x.shape[1] for x in self.xs), default=1)
         itemsize = max((x.element_size() for x in self.xs), default=1)
-        return plan(self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, kind)
+        policy = policy_of(self.first.device.type).chunks
+        return chunks(self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, policy)
 
     def size(self, sizes: Sequence[int | Sym]) -> list[int]:
         """A result's sizes as numbers."""

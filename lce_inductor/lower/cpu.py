@@ -23,34 +23,30 @@ from ..spec.types import (
     HeadArgs,
     RowGrads,
     Stats,
+    empty_stats,
     grad_dtype,
     lse_dtype,
     stat_dtype,
 )
-from .plan import plan
-
-Mask = tuple[bool, bool, bool]
-
-
-# Elements of a block: 2 MiB in fp32.
-_BLOCK = 1 << 19
-# Elements of a chunk that are widened at a time for the product dW: 4 MiB in fp32. Of 1024, 2048 ... 8192 columns of a
-# chunk of 512 rows, 2048 were the fastest.
-_WIDENED = 1 << 20
+from .plan import Mask, Plan
+from .policy import BLOCK
+from .sums import add_widened
 
 
-def forward(a: HeadArgs, stats: int) -> Stats:
+def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
     """Statistics only: one product, nothing kept."""
     out = _Rows(a, stats)
-    for rows, z in _Logits(a):
+    for rows, z in _Logits(a, p):
         for part, block in _blocks(rows, z):
             out.fill(part, apply(a.epilogue, _wide(a, block)))
     return out.stats
 
 
-def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
+def backward(
+    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
+) -> tuple[Tensor, ...]:
     """Gradients by recomputing the logits of each chunk."""
-    logits = _Logits(a)
+    logits = _Logits(a, p)
     out = _Grads(a, mask, a.weight.dtype, len(logits))
     for rows, z in logits:
         for part, block in _blocks(rows, z):
@@ -62,13 +58,13 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients of each chunk while its logits are there; wide: dW and db in fp32."""
     asked = stats
     stats |= LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0)
     rows_out = _Rows(a, stats)
-    found, logits = rows_out.stats, _Logits(a)
+    found, logits = rows_out.stats, _Logits(a, p)
     out = _Grads(a, mask, grad_dtype(a.weight.dtype, wide), len(logits))
     for rows, z in logits:
         for part, block in _blocks(rows, z):
@@ -81,18 +77,15 @@ def with_grad(
                 dz = _dz(a, part, y, slope, found.lse[part], None, grads, out.hidden, total)
             out.put(block, dz)
         out.add(rows, z)
-    kept = (value if asked & (1 << i) else value.new_empty(0) for i, value in enumerate(found))
-    return (Stats(*kept), *out.result())
+    return (found.only(asked), *out.result())
 
 
 class _Logits:
     """Chunks of logits, rounded as F.linear rounds them, one after the other in the same memory."""
 
-    def __init__(self, a: HeadArgs) -> None:
-        (n, h), v = a.x.shape, a.weight.shape[0]
-        p = plan(n, h, v, a.x.element_size(), a.chunk_tokens, a.workspace_bytes, device="cpu")
+    def __init__(self, a: HeadArgs, p: Plan) -> None:
         self.a = a
-        self.chunks = [slice(i * p.rows, min(n, (i + 1) * p.rows)) for i in range(p.count)]
+        self.chunks = [slice(row0, row0 + n) for row0, n in p.chunks.bounds(a.x.shape[0])]
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -111,7 +104,7 @@ class _Logits:
 
 def _blocks(rows: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A chunk in pieces: which of all rows, and their part of it."""
-    size = max(_BLOCK // max(z.shape[1], 1), 1)
+    size = max(BLOCK // max(z.shape[1], 1), 1)
     for start in range(0, len(z), size):
         block = z[start : start + size]
         yield slice(rows.start + start, rows.start + start + len(block)), block
@@ -127,22 +120,8 @@ class _Rows:
     """Fills the statistics that were asked for, chunk by chunk."""
 
     def __init__(self, a: HeadArgs, stats: int) -> None:
-        n = a.x.shape[0]
-        columns = 0 if a.target is None else a.target.shape[1]
-        dtype = stat_dtype(a.x)
-
-        def new(bit: int, *more: int, dtype: torch.dtype = dtype) -> Tensor:
-            return a.x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
-
         self.a, self.asked = a, stats
-        self.stats = Stats(
-            new(LSE, dtype=lse_dtype(a.x)),
-            new(TARGET, columns),
-            new(SUM),
-            new(NEG_ENTROPY),
-            new(MAX),
-            new(ARGMAX, dtype=torch.int64),
-        )
+        self.stats = empty_stats(a.x, a.target, stats)
         if stats & TARGET and a.target is not None:
             _check_target(a.target, a.weight.shape[0])
 
@@ -285,17 +264,8 @@ class _Grads:
         if self.mask[0]:
             torch.mm(dz, self.a.weight, out=self.dx[rows])
         if self.mask[1]:
-            self._add_to_dw(dz, x)
+            add_widened(self.dw, dz, x, self.first)
         self.first = False
-
-    def _add_to_dw(self, dz: Tensor, x: Tensor) -> None:
-        """The CPU's products of bf16 or fp16 have results of that dtype alone, so both are widened first, where dW is
-        wider: it costs what the smaller products save, and no rounding."""
-        x = x.to(self.dw.dtype)
-        size = dz.shape[1] if dz.dtype == self.dw.dtype else max(_WIDENED // len(dz), 1)
-        for start in range(0, dz.shape[1], size):
-            dw, part = self.dw[start : start + size], dz[:, start : start + size].to(self.dw.dtype).t()
-            torch.addmm(dw, part, x, beta=0 if self.first else 1, out=dw)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.first:  # no rows, no chunk

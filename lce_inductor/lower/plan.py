@@ -1,74 +1,73 @@
-"""How many rows of logits exist at a time: sizes and a budget in, a plan out. No torch here.
+"""How a head is computed: sizes, dtype, needs and a device in, a frozen plan out. policy.py has the thresholds.
 
-The automatic policy weighs memory against time (numbers of an H100; `POLICIES` has each device's):
-
-* Every chunk costs launches, and one more sum into dW, in fp32. What that is of a step falls with rows and with H:
-  2048 rows a chunk for 4096 cost 6% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
-* A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
-  to `rows_per_hidden` * H rows, but no more than `most_bytes`; beyond, where dW is what counts, it is at most seven
-  eighths of dW: 1.75 H rows. Never fewer than `least_rows` for these reasons.
-* A chunk of less than `least_bytes` is not worth its launches, and a head is not worth chunks that save less than
-  `least_saving`: sums, and the pass that multiplies dW by the tangent, cost 3 to 200% of steps of 1 to 10 ms.
-* `workspace_bytes` is a limit and always wins.
-* Pieces are equal, rounded up to the tile of the matrix products, so that the last one is no small rest.
+One function, `decide`. The passes ask it before they rewrite and for what they tell; a call of an op asks it and hands
+the plan on to the implementation that it names. Tests and measurements pass a policy, a device or an algorithm in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import math
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import torch
+
+from ..kernels import hopper, nvrtc, tuning
+from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
+from ..spec.types import LSE, SUM, TARGET
+from .policy import ANCHORED, ANCHORED_TRITON, BLOCKS, LEAST_SPLIT, POLICIES, ROWS, Chunks, Policy
+from .policy import Products as ProductPolicy
+
+log = logging.getLogger(__name__)
+
+Mask = tuple[bool, bool, bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """How a kind of device likes its chunks; `align` is the unit of the row stride in elements."""
+class Device(NamedTuple):
+    """What a plan knows of a device.
 
-    target_rows: int
-    least_rows: int
-    least_bytes: int
-    least_saving: int
-    small_hidden: float
-    rows_per_hidden: float
-    most_bytes: int
-    tile: int
-    align: int
+    kind: as torch names it, a key of POLICIES; one that is not there is treated as "cpu". capability: of a GPU.
+    hopper: are the kernels of kernels/hopper.py to be had? clusters: how many of theirs it takes at a time.
+    """
 
-    def rows(self, H: int, row_bytes: int) -> int:
-        """Rows of a chunk where neither N nor the budget limits them."""
-        small = self.small_hidden > H
-        for_hidden = min(int(self.rows_per_hidden * H), self.most_bytes // row_bytes) if small else 7 * H // 4
-        return max(min(self.target_rows, max(for_hidden, self.least_rows)), self.least_bytes // row_bytes)
+    kind: str
+    triton: bool = False
+    capability: tuple[int, int] | None = None
+    hopper: bool = False
+    clusters: int = 0
 
 
-POLICIES = {
-    # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
-    "cuda": Policy(
-        4096,
-        2048,
-        least_bytes=256 << 20,
-        least_saving=192 << 20,
-        small_hidden=2048,
-        rows_per_hidden=4.5,
-        most_bytes=1 << 30,
-        tile=256,
-        align=64,
-    ),
-    # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
-    "cpu": Policy(
-        512,
-        512,
-        least_bytes=0,
-        least_saving=0,
-        small_hidden=math.inf,
-        rows_per_hidden=5,
-        most_bytes=1 << 30,
-        tile=16,
-        align=1,
-    ),
-}
+class Request(NamedTuple):
+    """What is asked of a head, as far as it decides how.
+
+    Attributes:
+        N, H, V: tokens, hidden, vocabulary. dtype: of x and of the logits.
+        chunk_tokens: rows of a chunk as the user wants them; 0 decides automatically.
+        workspace_bytes: limit of one chunk's logits in bytes; a single row may exceed it.
+        stats: bits of the statistics that are computed. columns: of targets. steps: the epilogue.
+        aligned: are the weight's rows contiguous, and do they begin on 16 bytes?
+        grads: bits of the statistics that a gradient is given for; None where no gradients are asked for at all.
+        mask: which of dX, dW and db are.
+    """
+
+    N: int
+    H: int
+    V: int
+    dtype: torch.dtype
+    chunk_tokens: int
+    workspace_bytes: int
+    stats: int = 0
+    columns: int = 0
+    steps: Steps = ()
+    bias: bool = False
+    aligned: bool = True
+    grads: int | None = None
+    mask: Mask = (False, False, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +83,202 @@ class ChunkPlan:
         return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
 
 
-# Asked for twice in each call of an op, while the GPU waits for its first launch.
-@functools.lru_cache(maxsize=256)
-def plan(
-    N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_bytes: int, device: str = "cuda"
-) -> ChunkPlan:
-    """Chunks for [N, H] x [V, H]: a pure function of sizes and budget.
+class Products(NamedTuple):
+    """Which products of a chunk are ours; the library has the others, and all whose tensors ours does not take.
 
-    Args:
-        itemsize: bytes of one logit.
-        chunk_tokens: rows of a chunk as the user wants them; 0 decides automatically.
-        workspace_bytes: limit of one chunk's logits in bytes; a single row may exceed it.
-        device: a key of POLICIES; any other device is treated as "cpu".
+    logits: with their logsumexp, so that nothing passes over them for it. dw: where its sums are fp32.
     """
-    policy = POLICIES.get(device, POLICIES["cpu"])
+
+    logits: bool = False
+    dx: bool = False
+    dw: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """
+    Attributes:
+        algorithm: ANCHORED, ANCHORED_TRITON, ROWS or BLOCKS.
+        ruled_out: the faster ones for the device, and why each does not do; empty, too, where the caller chose.
+        products: of a chunk; last_products: of the last one, which may have fewer rows.
+        wide: shall what multiplies dW by the tangent take its sums in fp32?
+        peak_bytes: predicted, as peak_bytes() has it.
+    """
+
+    algorithm: str
+    ruled_out: tuple[tuple[str, str], ...]
+    chunks: ChunkPlan
+    products: Products
+    last_products: Products
+    wide: bool
+    peak_bytes: int
+
+    def products_of(self, n: int) -> Products:
+        """Of a chunk of n rows."""
+        return self.products if n == self.chunks.rows else self.last_products
+
+    def __str__(self) -> str:
+        why = f" ({'; '.join(f'no {name}: {reason}' for name, reason in self.ruled_out)})" if self.ruled_out else ""
+        return f"{self.chunks.count} chunks of {self.chunks.rows} tokens, {self.algorithm}{why}"
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def capabilities(device: torch.device) -> Device:
+    """Of a GPU that is not there, as a traced tensor's may be, nothing but its kind is known."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Device(device.type, triton_is_installed())
+    capability = torch.cuda.get_device_capability(device)
+    ours = capability == (9, 0) and nvrtc.available()
+    return Device(device.type, triton_is_installed(), capability, ours, hopper.clusters(device))
+
+
+_in_force = dict(POLICIES)
+
+
+def policy_of(kind: str) -> Policy:
+    return _in_force.get(kind, _in_force["cpu"])
+
+
+@contextlib.contextmanager
+def using(kind: str, policy: Policy) -> Iterator[None]:
+    """Plan by another policy, to test or to measure: in all threads, autograd's too, and unknown to compile caches."""
+    before = policy_of(kind)
+    try:
+        _in_force[kind] = policy
+        _forget()
+        yield
+    finally:
+        _in_force[kind] = before
+        _forget()
+
+
+def _forget() -> None:
+    planned.cache_clear()
+    products_on.cache_clear()
+
+
+# The GPU waits for the first launch: what is the same from step to step is decided once.
+@functools.lru_cache(maxsize=1024)
+def planned(request: Request, device: torch.device) -> Plan:
+    """`decide`, for a device as it is."""
+    return decide(request, capabilities(device), policy_of(device.type))
+
+
+@functools.lru_cache(maxsize=1024)
+def products_on(n: int, H: int, V: int, dtype: torch.dtype, device: torch.device) -> Products:
+    """`products`, for a device as it is."""
+    return products(n, H, V, dtype, capabilities(device), policy_of(device.type).products)
+
+
+def decide(r: Request, device: Device, policy: Policy, algorithm: str | None = None) -> Plan:
+    """How a head is computed. algorithm: take this one, whatever speaks against it."""
+    cut = chunks(r.N, r.H, r.V, r.dtype.itemsize, r.chunk_tokens, r.workspace_bytes, policy.chunks)
+    wide = policy.sums_are_scaled and r.dtype == torch.bfloat16 and cut.count > 1
+    ruled_out = []
+    if algorithm is None:
+        for algorithm in policy.algorithms:
+            reason = _WHY_NOT[algorithm](r, device, policy, cut)
+            if reason is None:
+                break
+            ruled_out.append((algorithm, reason))
+    assert algorithm is not None
+    dx, dw = r.mask[:2] if r.grads is not None else (False, False)
+    if algorithm in (ANCHORED, ANCHORED_TRITON):
+        if r.grads is None:
+            cut = _chunks_of_sums(r, _tile_columns(r.H, device, algorithm), policy)
+        peak = anchored_peak_bytes(cut, r.N, r.H, r.V, dx, dw)
+    else:
+        peak = peak_bytes(cut, r.N, r.H, r.V, r.dtype.itemsize, dx, dw)
+    last = r.N - (cut.count - 1) * cut.rows
+    ours = products(cut.rows, r.H, r.V, r.dtype, device, policy.products)
+    ours = ours._replace(logits=algorithm == ROWS and _logits_with_lse(r, device, policy.products))
+    of_last = ours
+    if last != cut.rows:
+        of_last = ours._replace(dx=products(last, r.H, r.V, r.dtype, device, policy.products).dx)
+    return Plan(algorithm, tuple(ruled_out), cut, ours, of_last, wide, peak)
+
+
+def _why_not_anchored(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
+    limits = policy.anchored
+    if device.capability not in limits.capabilities:
+        return "chosen on compute capability 9.0 alone, where it was measured"
+    if not device.triton:
+        return "Triton is not installed"
+    if r.dtype != torch.bfloat16:
+        return "bf16 only: exponentials need its range"
+    asked = r.stats | (r.grads or 0)
+    if asked & ~(LSE | TARGET | SUM):
+        return "a statistic that needs every logit"
+    if r.columns > 1:
+        return "more than one target column"
+    if asked & SUM and not is_affine(r.steps):
+        return "sum of logits behind an epilogue that is not affine"
+    if limits.least_N > r.N or limits.least_V > r.V or limits.least_work > r.N * r.H * r.V:
+        return "too small"
+    if r.H % 8 or not r.aligned:
+        return "the weight's rows are not contiguous and 16-byte aligned"
+    if r.grads is not None and (not any(r.mask) or not r.grads):
+        return "no gradient"
+    if r.mask[2] and not r.mask[1]:
+        return "gradient of the bias without the weight's"
+    if r.mask[1] and cut.count == 1:
+        return "a single chunk, whose dW needs no sums in fp32"
+    return None
+
+
+def _why_not_anchored_in_cuda(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
+    return _why_not_anchored(r, device, policy, cut) or (None if device.hopper else "NVRTC is not installed")
+
+
+def _why_not_rows(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
+    return None if device.triton else "Triton is not installed"
+
+
+_WHY_NOT: dict[str, Callable[[Request, Device, Policy, ChunkPlan], str | None]] = {
+    ANCHORED: _why_not_anchored_in_cuda,
+    ANCHORED_TRITON: _why_not_anchored,
+    ROWS: _why_not_rows,
+    BLOCKS: lambda *_: None,
+}
+
+
+def products(n: int, H: int, V: int, dtype: torch.dtype, device: Device, policy: ProductPolicy) -> Products:
+    """Which products of dZ [n, V] are ours: dX by the weight [V, H], dW by x [n, H]."""
+    if not device.hopper or dtype not in hopper.DTYPES or not n:
+        return Products()
+    # Does our product for dX come out even, where the library's tiles of 128 x 256 do not?
+    library = hopper.even(ceil_div(n, 128) * ceil_div(H, 256), 2 * device.clusters)
+    parts = hopper.parts_of_dx(n, H, V, device.clusters)
+    dx = policy.dx_least_H <= H and library < policy.dx_library_full and parts.full >= policy.dx_full
+    log.debug("dX of %d rows, H=%d V=%d: %s", n, H, V, f"ours in {parts.count} parts" if dx else "the library's")
+    return Products(dx=dx, dw=policy.dw_full * round_up(H, hopper.COLUMNS) <= H)
+
+
+def _logits_with_lse(r: Request, device: Device, policy: ProductPolicy) -> bool:
+    """Where logits are asked for nothing but their logsumexp and one entry, the product itself can leave it."""
+    plain = bool(r.stats & LSE) and not r.stats & ~(LSE | TARGET) and not r.bias and not r.steps
+    large = policy.logits_least_N <= r.N and policy.logits_least_V <= r.V
+    return plain and large and device.hopper and r.dtype in hopper.DTYPES
+
+
+def pieces(V: int, itemsize: int) -> list[slice]:
+    """The classes, in pieces that the library's products run well on.
+
+    Padded rows are not enough: cuBLAS looks at the sizes too, and an odd V costs up to seven times the time (93
+    TFLOP/s at V = 50257 against 628 at 50304, H100). So the last few classes get products of their own.
+    """
+    rest = V % (16 // itemsize)
+    return [slice(0, V - rest), slice(V - rest, V)] if rest and V >= LEAST_SPLIT else [slice(0, V)]
+
+
+@functools.lru_cache(maxsize=256)
+def chunks(N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_bytes: int, policy: Chunks) -> ChunkPlan:
+    """Chunks for [N, H] x [V, H], whose logits have `itemsize` bytes; the others as in Request."""
     row_stride = max(round_up(V, policy.align), 1)
     if N == 0:
         return ChunkPlan(0, 0, row_stride)
@@ -115,6 +296,18 @@ def plan(
     return ChunkPlan(rows, ceil_div(N, rows), row_stride)
 
 
+def _tile_columns(H: int, device: Device, algorithm: str) -> int:
+    return hopper.COLUMNS if algorithm == ANCHORED else tuning.tiles(device.capability, "logits", H).columns
+
+
+def _chunks_of_sums(r: Request, columns: int, policy: Policy) -> ChunkPlan:
+    """Of the anchored softmax without gradients, which writes only partial sums of each tile's columns."""
+    unit = hopper.PAIR
+    most = max(policy.anchored.sums_bytes // (8 * ceil_div(r.V, columns)) // unit, 1) * unit
+    rows = min(round_up(ceil_div(r.N, ceil_div(r.N, most)), unit), r.N) if r.N else 1
+    return ChunkPlan(rows, ceil_div(r.N, rows), 0)
+
+
 def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool) -> int:
     """Predicted bytes that loss and gradients add at their peak, the gradients included.
 
@@ -129,11 +322,11 @@ def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw
     return grad_x + sums + max(chunk, grad_w)
 
 
-def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, device: str) -> bool:
+def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, policy: Chunks) -> bool:
     """Would torch.compile alone, which holds all logits once, hold hardly more than the plan?"""
     whole = ChunkPlan(N, 1, p.row_stride)
     alone, chunked = (peak_bytes(q, N, H, V, itemsize, dx=True, dw=dw) for q in (whole, p))
-    return alone - chunked < POLICIES.get(device, POLICIES["cpu"]).least_saving
+    return alone - chunked < policy.least_saving
 
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:

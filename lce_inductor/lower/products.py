@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec.sizes import ceil_div, round_up
-
-# Below this many classes an unaligned product costs less than one more launch.
-_LEAST_SPLIT = 1024
-# Below these sizes a pass over the logits is short.
-_LEAST_LOGITS_N, _LEAST_LOGITS_V = 1024, 4096
+from .plan import pieces
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
@@ -32,32 +28,32 @@ def logits_with_lse(z: Tensor, x: Tensor, weight: Tensor, row0: int, lse: Tensor
     Args:
         z: [n, at least V], rows padded to 64 elements. x: [N, H], weight: [V, H]. lse: fp64 [n].
     """
-    N, V = len(x), len(weight)
-    if N < _LEAST_LOGITS_N or V < _LEAST_LOGITS_V or not (aligned(x) and aligned(weight)):
+    if not (aligned(x) and aligned(weight)):
         return False
     from ..kernels import hopper, rows
 
     kernels = hopper.products(x.device, x.dtype)
     if kernels is None:
         return False
-    sums, maxima = z.new_empty(2, ceil_div(V, hopper.COLUMNS), len(z), dtype=torch.float32)
+    sums, maxima = z.new_empty(2, ceil_div(len(weight), hopper.COLUMNS), len(z), dtype=torch.float32)
     hopper.launch_logits(kernels.logits, z, x, weight, row0, sums, maxima)
     rows.launch_lse(sums, maxima, lse)
     return True
 
 
-def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor) -> None:
+def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor, ours: bool = False) -> None:
     """dX = dZ weight, on the current device.
 
     Args:
         dx: [n, H]. dz: [n, at least V], rows padded to 64 elements. weight: [V, H].
+        ours: by our product, where there is one.
     """
     (n, H), V = dx.shape, len(weight)
-    if dx.element_size() == 2 and aligned(weight):
+    if ours and dx.element_size() == 2 and aligned(weight):
         from ..kernels import hopper
 
         kernels = hopper.products(weight.device, weight.dtype)
-        if kernels is not None and hopper.beats_library_at_dx(n, H, V, hopper.clusters(weight.device)):
+        if kernels is not None:
             sums = dx.new_empty(n, H, dtype=torch.float32)
             counts = dx.new_zeros(hopper.counts_of_dx(n, H), dtype=torch.int32)
             hopper.launch_dx(kernels.dx, sums, dz, weight, counts.data_ptr(), 0)
@@ -68,34 +64,31 @@ def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor) -> None:
         product(dx, dz[:, c], weight[c], accumulate=i > 0)
 
 
-def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, accumulate: bool) -> None:
+def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, ours: bool = False, *, accumulate: bool) -> None:
     """dW (+)= dZ^T x, on the current device.
 
     Args:
         dw: [V, H], possibly wider than dz and x.
         dz: [n, at least V], rows padded to 64 elements. x: [n, H].
+        ours: by our product, where there is one and dw is in fp32.
         accumulate: False overwrites what is in dw.
     """
-    V, H = dw.shape
-    if dw.dtype == torch.float32 and aligned(x) and aligned(dw):
+    if ours and dw.dtype == torch.float32 and aligned(x) and aligned(dw):
         from ..kernels import hopper
 
-        kernels = hopper.products(x.device, x.dtype) if hopper.fills_tiles(H) else None
+        kernels = hopper.products(x.device, x.dtype)
         if kernels is not None:
             hopper.launch_dw(kernels.dw, dw, dz, x, accumulate)
             return
-    for c in pieces(V, dz.element_size()):
+    for c in pieces(len(dw), dz.element_size()):
         product(dw[c], dz[:, c].t(), x, accumulate)
 
 
-def pieces(V: int, itemsize: int) -> list[slice]:
-    """The classes, in pieces that the library's products run well on.
-
-    Padded rows are not enough: cuBLAS looks at the sizes too, and an odd V costs up to seven times the time (93
-    TFLOP/s at V = 50257 against 628 at 50304, H100). So the last few classes get products of their own.
-    """
-    rest = V % (16 // itemsize)
-    return [slice(0, V - rest), slice(V - rest, V)] if rest and V >= _LEAST_SPLIT else [slice(0, V)]
+def as_factor(t: Tensor) -> Tensor:
+    """A matrix itself where the library takes its strides, else a copy made once and not by every product."""
+    rows, columns = t.stride()
+    taken = (columns == 1 and rows >= t.shape[1]) or (rows == 1 and columns >= t.shape[0])
+    return t if taken else t.contiguous()
 
 
 def aligned(t: Tensor) -> bool:

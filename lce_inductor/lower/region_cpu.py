@@ -12,8 +12,6 @@ from . import compiled
 from .steps import Chunk, Values, step_by_step, with_code
 from .sums import add_product
 
-KIND, ALIGN = "cpu", 1
-
 # Elements of a block for each thread, 1 MiB in fp32, so that a few of them stay in a core's own cache; and at most.
 _BLOCK, _LARGEST = 1 << 18, 1 << 21
 

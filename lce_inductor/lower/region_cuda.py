@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .cuda import available
-from .products import input_gradient, pieces, weight_gradient
+from .plan import Products, pieces, products_on, triton_is_installed
+from .products import input_gradient, weight_gradient
 from .steps import Chunk, Values, step_by_step, with_code
-
-# Rows begin on a line of 128 bytes in every dtype of logits.
-KIND, ALIGN = "cuda", 64
 
 # Elements of a block where there is no code: 64 MiB in fp32, enough to fill a GPU.
 _BLOCK = 1 << 24
@@ -37,11 +34,16 @@ def logits(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def dx(out: Tensor, dz: Tensor, matrix: Tensor) -> None:
-    input_gradient(out, dz, matrix)
+    input_gradient(out, dz, matrix, _ours(dz, matrix).dx)
 
 
 def dw(out: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    weight_gradient(out, dz, x, accumulate=not first)
+    weight_gradient(out, dz, x, _ours(dz, x).dw, accumulate=not first)
+
+
+def _ours(dz: Tensor, other: Tensor) -> Products:
+    """other: a factor [..., H] of dX or dW."""
+    return products_on(dz.shape[0], other.shape[1], dz.shape[1], dz.dtype, dz.device)
 
 
 def elements() -> int:
@@ -50,7 +52,7 @@ def elements() -> int:
 
 
 def compiles(device: torch.device) -> bool:
-    return device.type in compiled.DEVICES and available()
+    return device.type in compiled.DEVICES and triton_is_installed()
 
 
 def program(chunk: Chunk, n: int) -> Iterator[Values]:

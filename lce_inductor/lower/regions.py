@@ -19,6 +19,8 @@ from ..spec.sizes import round_up
 from . import compiled, region_cpu, region_cuda
 from .arguments import Arguments, check
 from .compiled import Key
+from .plan import policy_of
+from .products import as_factor
 from .steps import Chunk, pieces
 from .values import Meta, meta, places, propagate, used, wide
 
@@ -37,9 +39,9 @@ def prepare(a: Arguments) -> bool:
     if not a.N or not device.compiles(a.first.device):
         return False
     check(a)
-    chunks = a.plan(device.KIND)
+    chunks = a.chunks()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        key = _Memory(a, chunks.rows, device.ALIGN).key
+        key = _Memory(a, chunks.rows).key
     counts = {count for _, n in chunks.bounds(a.N) for _, count in pieces(key, n, device.elements())}
     return all(compiled.prepare(key, n) for n in sorted(counts - {1}, reverse=True))
 
@@ -49,11 +51,11 @@ def device_of(a: Arguments) -> ModuleType:
 
 
 def _run(a: Arguments, device: ModuleType) -> _Outputs:
-    chunks, outputs = a.plan(device.KIND), _Outputs(a)
+    chunks, outputs = a.chunks(), _Outputs(a)
     if chunks.count:
         # Products take these as they are; a copy, if one is needed, is made once.
-        xs, weights, matrices = ([_plain(t) for t in ts] for ts in (a.xs, a.weights, a.matrices))
-        memory = _Memory(a, chunks.rows, device.ALIGN)
+        xs, weights, matrices = ([as_factor(t) for t in ts] for ts in (a.xs, a.weights, a.matrices))
+        memory = _Memory(a, chunks.rows)
         with device.guard(a.first):
             for start, n in chunks.bounds(a.N):
                 rows = slice(start, start + n)
@@ -74,7 +76,9 @@ class _Memory:
         key: of the program over them.
     """
 
-    def __init__(self, a: Arguments, rows: int, align: int) -> None:
+    def __init__(self, a: Arguments, rows: int) -> None:
+        align = policy_of(a.first.device.type).chunks.align
+
         def new(columns: int, dtype: torch.dtype) -> Tensor:
             apart = max(round_up(columns, align), 1)
             return a.first.new_empty((rows, apart), dtype=dtype)[:, :columns]
@@ -144,7 +148,7 @@ class _Outputs:
             if found is None:
                 dtype = wide(result.dtype) if several else result.dtype
                 self.found[k] = factor.new_empty(self.a.size(result.sizes), dtype=dtype)
-            device.dw(self.found[k], factor, _plain(self.a.rows[result.other][rows]), found is None)
+            device.dw(self.found[k], factor, as_factor(self.a.rows[result.other][rows]), found is None)
 
     def finished(self) -> list[Tensor]:
         """The chunk must be free by now: a cast is where a sum exists twice."""
@@ -164,13 +168,6 @@ class _Outputs:
             shape = (self.a.N, *self.a.size(self.results[k].sizes))
             found = self.found[k] = self.a.first.new_empty(shape, dtype=self.results[k].dtype)
         return found
-
-
-def _plain(t: Tensor) -> Tensor:
-    """A matrix itself where libraries take its strides, else a copy."""
-    rows, columns = t.stride()
-    taken = (columns == 1 and rows >= t.shape[1]) or (rows == 1 and columns >= t.shape[0])
-    return t if taken else t.contiguous()
 
 
 def _side_by_side(t: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-# Elements that are widened, or whose two parts exist, at a time: 4 MiB in fp32.
-_AT_A_TIME = 1 << 20
+from .policy import WIDENED
 
 
 def add_product(dw: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
@@ -21,18 +20,21 @@ def add_product(dw: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         first: overwrites what is in dw.
     """
     V, H = dw.shape
-    if dw.dtype == dz.dtype:
-        torch.addmm(dw, dz.t(), x, beta=0 if first else 1, out=dw)
-    elif dz.dtype == torch.bfloat16 and _has_tiles():
-        size = max(_AT_A_TIME // max(H, 1), 1)
+    if dw.dtype != dz.dtype == torch.bfloat16 and _has_tiles():
+        size = max(WIDENED // max(H, 1), 1)
         for start in range(0, V, size):
             _add_twice(dw[start : start + size], dz[:, start : start + size].t(), x, first)
     else:
-        x = x.to(dw.dtype)
-        size = max(_AT_A_TIME // max(len(dz), 1), 1)
-        for start in range(0, V, size):
-            own, part = dw[start : start + size], dz[:, start : start + size].to(dw.dtype).t()
-            torch.addmm(own, part, x, beta=0 if first else 1, out=own)
+        add_widened(dw, dz, x, first)
+
+
+def add_widened(dw: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    """The same by products of the wider dtype: it costs what the smaller products save, and no rounding."""
+    x = x.to(dw.dtype)
+    size = len(dw) if dz.dtype == dw.dtype else max(WIDENED // max(len(dz), 1), 1)
+    for start in range(0, len(dw), size or 1):
+        own, part = dw[start : start + size], dz[:, start : start + size].to(dw.dtype).t()
+        torch.addmm(own, part, x, beta=0 if first else 1, out=own)
 
 
 def _add_twice(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

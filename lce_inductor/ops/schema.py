@@ -1,4 +1,4 @@
-"""Definition of the ops: schemas, fake kernels, autograd, and which implementation a device gets.
+"""Definition of the ops: schemas, fake kernels and autograd.
 
 Three ops on flat rows do the work of the fused kernels; the passes put them into graphs:
 
@@ -14,102 +14,97 @@ is a mask of the bits in spec/types.py.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..lower import cpu
+from ..lower import heads
 from ..spec.epilogue import parse
 from ..spec.types import (
     ARGMAX,
+    BITS,
+    GRADIENTS,
     LSE,
-    MAX,
     NEG_ENTROPY,
-    SUM,
-    TARGET,
+    STATISTICS,
     HeadArgs,
     RowGrads,
     Stats,
+    empty_stats,
     grad_dtype,
-    lse_dtype,
-    stat_dtype,
 )
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
 _PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
-_STATS = "(Tensor lse, Tensor target_logit, Tensor sum_logits, Tensor neg_entropy, Tensor max_logit, Tensor argmax"
+_STATS = "(" + ", ".join(f"Tensor {s.result}" for s in STATISTICS)
 _WITH_STATS = _PLAN.format(stats="int stats, ")
+
+
+def _optional(names: Iterable[str]) -> str:
+    return ", ".join(f"Tensor? {name}" for name in names)
+
 
 _lib = torch.library.Library("lce_inductor", "DEF")
 _lib.define(f"row_stats({_HEAD}, {_WITH_STATS}) -> {_STATS})")
 _lib.define(
-    f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, Tensor? g_lse, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_neg_entropy, {_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
+    f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, {_optional(GRADIENTS)}, "
+    f"{_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
-    f"row_stats_with_grad({_HEAD}, Tensor? g_lse, Tensor? g_lse_slope, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, "
-    "Tensor db)"
+    f"row_stats_with_grad({_HEAD}, {_optional(f'g_{name}' for name in RowGrads._fields)}, {_WITH_STATS}, "
+    f"bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 
 
-@functools.cache
-def _impl(on_cuda: bool):  # type: ignore[no-untyped-def]
-    """The implementation for a device: Triton and library products on CUDA, ATen everywhere else."""
-    if on_cuda:
-        from ..lower import cuda
-
-        if cuda.available():
-            return cuda
-    return cpu
+def _positions(name: str) -> dict[str, int]:
+    schema = getattr(torch.ops.lce_inductor, name).default._schema
+    return {argument.name: i for i, argument in enumerate(schema.arguments)}
 
 
-def _args(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    epilogue: str,
-    chunk_tokens: int,
-    workspace_bytes: int,
-) -> HeadArgs:
-    return HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+# Where two of the ops have their arguments, by name.
+ROW_STATS, ROW_STATS_BACKWARD = map(_positions, ("row_stats", "row_stats_backward"))
 
 
 def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
     check_inputs(x, weight, bias, target, class_weight)
-    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    return _distinct(_impl(x.is_cuda).forward(a, stats))
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+    return _distinct(heads.forward(a, stats))
 
 
-def _row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
-    epilogue, chunk_tokens, workspace_bytes, output_mask,
-):  # fmt: skip
-    grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
+def _row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy, *rest):  # type: ignore[no-untyped-def]
+    *given, epilogue, chunk_tokens, workspace_bytes, output_mask = rest
+    grads = _row_grads(given)
     _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
-    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    dx, dw, db = _impl(x.is_cuda).backward(a, lse, neg_entropy, grads, tuple(output_mask))
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+    dx, dw, db = heads.backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
-def _row_stats_with_grad(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
-):  # fmt: skip
+def _row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
-    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
+    grads, epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide = _of_with_grad(*rest)
     check_inputs(x, weight, bias, target, class_weight, grads)
-    a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
     with torch._C._AutoDispatchBelowAutograd():
-        found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide)
+        found, dx, dw, db = heads.with_grad(a, stats, grads, tuple(output_mask), wide)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
+
+
+def _row_grads(given: Sequence[Tensor | None]) -> RowGrads:
+    """From those of row_stats_backward."""
+    return RowGrads(**{name.removeprefix("g_"): g for name, g in zip(GRADIENTS, given)})
+
+
+def _of_with_grad(*rest: Any) -> tuple[Any, ...]:
+    """The arguments behind the head's tensors; `wide` may be left out."""
+    count = len(RowGrads._fields)
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, *wide = rest[count:]
+    return RowGrads(*rest[:count]), epilogue, stats, chunk_tokens, workspace_bytes, output_mask, any(wide)
 
 
 def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -172,18 +167,6 @@ def _has_tangent(t: Tensor) -> bool:
         return forward_ad.unpack_dual(t).tangent is not None
 
 
-def _fake_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
-    n = x.shape[0]
-    real = stat_dtype(x)
-
-    def rows(bit: int, *more: int, dtype: torch.dtype = real) -> Tensor:
-        return x.new_empty((n, *more) if stats & bit else (0,), dtype=dtype)
-
-    columns = 0 if target is None else target.shape[1]
-    lse, argmax = rows(LSE, dtype=lse_dtype(x)), rows(ARGMAX, dtype=torch.int64)
-    return Stats(lse, rows(TARGET, columns), rows(SUM), rows(NEG_ENTROPY), rows(MAX), argmax)
-
-
 def _fake_grads(  # type: ignore[no-untyped-def]
     x: Tensor, weight: Tensor, bias: Tensor | None, output_mask, wide: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,60 +179,62 @@ def _fake_grads(  # type: ignore[no-untyped-def]
 
 def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
     _check_devices(x, weight, bias, target, class_weight)
-    return tuple(_fake_stats(x, target, stats))
+    return tuple(empty_stats(x, target, stats))
 
 
-def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy,
-    epilogue, chunk_tokens, workspace_bytes, output_mask,
-):  # fmt: skip
-    grads = RowGrads(g_lse, None, g_target, g_sum, g_neg_entropy)
-    _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
+def _fake_row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy, *rest):  # type: ignore[no-untyped-def]
+    *given, _, _, _, output_mask = rest
+    _check_devices(x, weight, bias, target, class_weight, _row_grads(given), lse, neg_entropy)
     return _fake_grads(x, weight, bias, output_mask, None)
 
 
-def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
-):  # fmt: skip
-    grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
+def _fake_row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+    grads, _, stats, _, _, output_mask, wide = _of_with_grad(*rest)
     _check_devices(x, weight, bias, target, class_weight, grads)
-    return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
+    return (*empty_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
-    lse, _, _, neg_entropy, _, argmax = output
+    found = Stats(*output)
     # What was not asked for is empty: a gradient of it would have the wrong shape.
-    empty = [value for i, value in enumerate(output[:5]) if not stats & (1 << i)]
-    ctx.mark_non_differentiable(argmax, *empty)
+    ctx.mark_non_differentiable(*(t for t, bit in zip(found, BITS.values()) if bit == ARGMAX or not stats & bit))
     # An undefined gradient stays None: a statistic that nobody differentiates costs nothing.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x, weight, bias, target, class_weight, lse, neg_entropy if stats & NEG_ENTROPY else None, argmax
+        x,
+        weight,
+        bias,
+        target,
+        class_weight,
+        found.lse,
+        found.neg_entropy if stats & NEG_ENTROPY else None,
+        found.argmax,
     )
     ctx.plan = (epilogue, chunk_tokens, workspace_bytes)
     ctx.has_lse, ctx.has_argmax = bool(stats & LSE), bool(stats & ARGMAX)
 
 
-def _backward(ctx, g_lse, g_target, g_sum, g_neg_entropy, g_max, _g_argmax):  # type: ignore[no-untyped-def]
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, lse, neg_entropy, argmax = ctx.saved_tensors
-    if g_max is not None:
+    of = Stats(*grads)
+    if of.max_logit is not None:
         if not ctx.has_argmax:
             raise RuntimeError("the gradient of max_logit needs argmax: ask row_stats for both")
         # The maximum is the logit at its index: one more target.
-        column, g_column = argmax[:, None], g_max[:, None]
-        if target is not None and g_target is not None:
-            column, g_column = torch.cat([target, column], 1), torch.cat([g_target, g_column], 1)
-        target, g_target = column, g_column
+        column, g_column = argmax[:, None], of.max_logit[:, None]
+        if target is not None and of.target_logit is not None:
+            column, g_column = torch.cat([target, column], 1), torch.cat([of.target_logit, g_column], 1)
+        target, of = column, of._replace(target_logit=g_column)
     mask = ctx.needs_input_grad[:3]
     none = (None,) * 6
-    if all(g is None for g in (g_lse, g_target, g_sum, g_neg_entropy)):
+    given = [g for g, s in zip(of, STATISTICS) if s.has_gradient]
+    if all(g is None for g in given):
         return (None, None, None, *none)
-    if g_neg_entropy is not None and not ctx.has_lse:
+    if of.neg_entropy is not None and not ctx.has_lse:
         raise RuntimeError("the gradient of neg_entropy needs lse: ask row_stats for both")
     dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
-        x, weight, bias, target, class_weight, lse, neg_entropy, g_lse, g_target, g_sum, g_neg_entropy, *ctx.plan, mask
+        x, weight, bias, target, class_weight, lse, neg_entropy, *given, *ctx.plan, mask
     )
     return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
 

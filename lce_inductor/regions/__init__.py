@@ -16,10 +16,10 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.values import device_type, numel_hint, size_hint, source
 from ..graph.write import sort
-from ..lower.plan import ChunkPlan, saves_little
-from ..lower.plan import plan as plan_chunks
+from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little
 from ..ops import regions as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
+from ..schedule.request import request_of
 from ..spec.program import parse
 from .facts import Crossing
 from .fused import NotFused
@@ -50,8 +50,8 @@ class Head:
     Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint. losses: the
     lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside
     could read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a
-    training
-    step. ops: what computes it now.
+    training step. ops: what computes it now. request, plan: of the kernels' call, of that for
+    the gradients where there are two.
     """
 
     node: Node
@@ -72,6 +72,8 @@ class Head:
     together: int = 1
     gradients: str = ""
     ops: list[Node] = dataclasses.field(default_factory=list)
+    request: Request | None = None
+    plan: Plan | None = None
 
     @staticmethod
     def of(node: Node) -> Head:
@@ -88,7 +90,17 @@ class Head:
 
     def chunks(self, config: Config) -> ChunkPlan:
         """How the op will cut the rows, by hint."""
-        return plan_chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, device=self.device)
+        if self.plan is not None:
+            return self.plan.chunks
+        policy = policy_of(self.device).chunks
+        return chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, policy)
+
+    def plan_text(self, config: Config) -> str:
+        """The same in words; of the kernels, with what computes it and why not what is faster."""
+        if self.plan is not None:
+            return str(self.plan)
+        cut = self.chunks(config)
+        return f"{cut.count} chunks of {cut.rows} tokens"
 
 
 @dataclasses.dataclass
@@ -135,6 +147,7 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
         for node in region.heads:
             decision.heads[node].inserted = [n.format_node() or n.name for n in made]
             decision.heads[node].tier, decision.heads[node].ops = tier, made
+            decision.heads[node].request = _request(made) if tier == "kernels" else None
             decision.heads[node].steps = steps_of(made)
             decision.heads[node].products = products_of(made)
             decision.heads[node].together = len(region.heads)
@@ -232,7 +245,7 @@ def _origin(node: Node) -> Node:
 
 def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
     dw = any(s.kind == "dw" for s in labels.sinks)
-    return saves_little(head.chunks(config), *head.sizes, dw, head.device)
+    return saves_little(head.chunks(config), *head.sizes, dw, policy_of(head.device).chunks)
 
 
 def scheduled(decision: Decision, where: dict[Node, str]) -> None:
@@ -242,6 +255,20 @@ def scheduled(decision: Decision, where: dict[Node, str]) -> None:
             places = {where[op] for op in head.ops if op in where}
             head.gradients = "recompute" if "recompute" in places else "".join(places)
             head.products += sum(where.get(op) == "recompute" for op in head.ops)
+            assert head.request is not None
+            again = head.request._replace(stats=0) if head.gradients == "recompute" else head.request
+            head.plan = planned(again, torch.device(head.device))
+
+
+def _request(made: list[Node]) -> Request:
+    """What the kernels are asked for; of several calls, the first."""
+    ops = torch.ops.lce_inductor
+    return request_of(
+        *(
+            next((n for n in made if n.target is op), None)
+            for op in (ops.row_stats.default, ops.row_stats_backward.default)
+        )
+    )
 
 
 def steps_of(made: list[Node]) -> int:

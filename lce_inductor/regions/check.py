@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph.values import size_hint
 from ..lower.values import evaluate
-from ..spec.epilogue import apply, apply_with_slope
+from ..spec.epilogue import STEPS, apply, apply_with_slope
 from ..spec.program import Program, Step
 from .algebra import Poly
 from .fused import Count, Elem, NotFused, Wide
@@ -116,11 +116,7 @@ def _elementwise(tree: Any, z: Tensor) -> Any:
     values = [_elementwise(a, z) for a in args]
     if name == "add":
         return values[0] + values[1] * values[2]
-    if name == "mul":
-        return values[0] * values[1]
-    if name == "div":
-        return values[0] / values[1]
-    return {"tanh": torch.tanh, "sigmoid": torch.sigmoid}[name](values[0])
+    return STEPS[name].value(*values)
 
 
 class _Numbers:

@@ -180,31 +180,30 @@ rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.defaul
 @rule(aten.gather.default)
 def gather(node: Node) -> Fact:
     a = bound(node)
-    m = rank(a["self"])
-    if m == 0 or rank(a["index"]) != m:
-        raise Crossing("a gather of one number")
-    dim = at(a["dim"], m)
-    _same_but(a["self"], a["index"], dim)
-    mapped: Map = [None if d == dim else d for d in range(m)]
-    return Fact([(a["self"], mapped), (a["index"], mapped)], {1: 0})
+    return Fact(_indexed(a, "a gather"), {1: 0})
 
 
 @rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two, aten.scatter.reduce,
       aten.scatter.value_reduce)  # fmt: skip
 def scatter(node: Node) -> Fact:
     a = bound(node)
-    m = rank(a["self"])
-    if m == 0 or rank(a["index"]) != m:
-        raise Crossing("a scatter of one number")
-    dim = at(a["dim"], m)
-    _same_but(a["self"], a["index"], dim)
-    mapped: Map = [None if d == dim else d for d in range(m)]
-    found = [(a["self"], mapped), (a["index"], mapped)]
+    found = _indexed(a, "a scatter")
     if isinstance(a.get("src"), Node):
         if not all(map(same_size, shape_of(a["src"]) or (), shape_of(a["index"]) or ())):
             raise Crossing("a scatter of a part of its source")
-        found.append((a["src"], mapped))
+        found.append((a["src"], found[0][1]))
     return Fact(found, {1: 0})
+
+
+def _indexed(a: Any, what: str) -> list[tuple[Any, Map]]:
+    """The operands that are there alike of an op that looks rows up along a dimension by an index."""
+    m = rank(a["self"])
+    if m == 0 or rank(a["index"]) != m:
+        raise Crossing(f"{what} of one number")
+    dim = at(a["dim"], m)
+    _same_but(a["self"], a["index"], dim)
+    mapped: Map = [None if d == dim else d for d in range(m)]
+    return [(a["self"], mapped), (a["index"], mapped)]
 
 
 def _same_but(a: Node, b: Node, dim: int) -> None:

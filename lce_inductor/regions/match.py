@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..graph.values import size_hint
 from ..spec.program import Program
-from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET
+from ..spec.types import BITS, LSE, NEG_ENTROPY
 from . import algebra
 from .algebra import Poly
 from .emit import Emitter
@@ -23,8 +23,6 @@ from .tags import LOCAL, ROW, is_one, product, same_size, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-BITS = {"lse": LSE, "target": TARGET, "sum": SUM, "neg_entropy": NEG_ENTROPY, "max": MAX, "argmax": ARGMAX}
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.write import Writer
 from ..spec.epilogue import unparse
-from ..spec.types import NO_TARGET, stat_dtype
+from ..spec.types import GRADIENTS, LSE, NO_TARGET, PLACES, stat_dtype
 from .algebra import Poly
 from .heads import Head
 from .labels import Labels
@@ -30,7 +30,6 @@ prims = torch.ops.prims
 ops = torch.ops.lce_inductor
 
 _ONE_OR_ZERO = (Poly.number(1.0).key(), Poly({}).key())
-_PLACES = {"lse": 0, "target": 1, "sum": 2, "neg_entropy": 3, "max": 4, "argmax": 5}
 
 
 def write_fused(graph: Graph, labels: Labels, matches: list[Match], config: Config) -> list[Node]:
@@ -109,7 +108,7 @@ class _Stats:
     def stat(self, name: str, rest: Any) -> Node:
         key = (name, *rest)
         if key not in self._of:
-            out = self.writer.call(operator.getitem, self.node, _PLACES[name])
+            out = self.writer.call(operator.getitem, self.node, PLACES[name])
             if name == "target":
                 out = self.writer.call(aten.select.int, out, 1, self.places[rest[0]])
             self._of[key] = out
@@ -216,15 +215,17 @@ class _Stats:
                 if len(targets) > 1
                 else call(aten.unsqueeze.default, targets[0], 1)
             )
-        row = [None if p is None else self._in_stat_dtype(self.poly(p)) for p in (g.lse, g.sum, g.neg_entropy)]
-        lse = self.stat("lse", ()) if self.match.stats & 1 else call(
+        polys = {"g_lse": g.lse, "g_sum": g.sum, "g_neg_entropy": g.neg_entropy}
+        row = {name: None if p is None else self._in_stat_dtype(self.poly(p)) for name, p in polys.items()}
+        row["g_target"] = g_target
+        lse = self.stat("lse", ()) if self.match.stats & LSE else call(
             aten.full.default, [self.space.find().count], 0.0, dtype=torch.float64,
             device=self.head[0].meta["val"].device,
         )  # fmt: skip
         negent = self.stat("neg_entropy", ()) if g.neg_entropy is not None else None
         mask = [k in g.sinks for k in ("dx", "dw", "sum")]
-        op = call(ops.row_stats_backward.default, *self.head, lse, negent, row[0], g_target, row[1], row[2],
-                  *self.plan, mask)  # fmt: skip
+        given = (row[name] for name in GRADIENTS)
+        op = call(ops.row_stats_backward.default, *self.head, lse, negent, *given, *self.plan, mask)
         for kind, node in g.sinks.items():
             part = self._result(op, kind, node)
             sums[node] = part if node not in sums else call(aten.add.Tensor, sums[node], part)

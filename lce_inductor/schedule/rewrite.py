@@ -11,15 +11,15 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..graph import second
-from ..graph.values import size_hint
 from ..graph.write import fake_mode
-from ..lower.plan import plan
+from ..lower.plan import planned
+from ..spec.types import STATISTICS, RowGrads
+from .request import request_of
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 ops = torch.ops.lce_inductor
-_NUM_STATS = 6
 
 
 def describe(forward: Node) -> str:
@@ -33,17 +33,16 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     epilogue, stats, chunk_tokens, workspace_bytes = forward.args[HEAD_ARGS:]
     mask = backward.args[-1]
     x = forward.args[0].meta["val"]  # type: ignore[union-attr]
-    grads: list[Node | None] = [
-        found.grads[name].const if name in found.grads else None
-        for name in ("g_lse", "g_target", "g_sum", "g_neg_entropy")
-    ]
+    grads: list[Node | None] = [found.grads[g].const if g in found.grads else None for g in ROW_GRADIENTS]
     slope = found.grads["g_lse"].slope if "g_lse" in found.grads else None
     writer = _Writer(graph, forward)
     scale = None
     if x.dtype == torch.float16:
         *grads, slope, scale = writer.normalize([*grads, slope])
-    args = [grads[0], slope, *grads[1:], epilogue, stats, chunk_tokens, workspace_bytes, mask]
-    if _is_summed_wide(x, forward.args[1].meta["val"], chunk_tokens, workspace_bytes):  # type: ignore[union-attr,arg-type]
+    of = {"g_lse_slope": slope, **dict(zip(ROW_GRADIENTS, grads))}
+    args = [*(of[f"g_{name}"] for name in RowGrads._fields), epilogue, stats, chunk_tokens, workspace_bytes, mask]
+    # No guard comes of it: either form is right at any size.
+    if planned(request_of(forward, backward), x.device).wide:
         args.append(True)
     merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args)
     # Inside a checkpointed region everything else may be recomputed; this op's gradients are what is kept.
@@ -58,26 +57,14 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     users = [(int(user.args[1]), user) for user in backward.users]  # type: ignore[arg-type]
     for index, user in sorted(users, key=lambda pair: -pair[0]):
         with graph.inserting_before(backward):
-            gradient = graph.call_function(operator.getitem, (merged, _NUM_STATS + index))
-            gradient.meta["val"] = merged.meta["val"][_NUM_STATS + index]
+            gradient = graph.call_function(operator.getitem, (merged, len(STATISTICS) + index))
+            gradient.meta["val"] = merged.meta["val"][len(STATISTICS) + index]
             _must_save(gradient, merged)
             wide, out = _scaled(graph, gradient, tangent, scale, user)
         user.replace_all_uses_with(out)
         graph.erase_node(user)
         _skip_rounding(out, wide)
     graph.erase_node(backward)
-
-
-def _is_summed_wide(x: torch.Tensor, weight: torch.Tensor, chunk_tokens: int, workspace_bytes: int) -> bool:
-    """Does dW come from several chunks on a GPU, and so from sums in fp32?
-
-    Then the product with the tangent takes those, for a pass over dW less and a rounding less; dW is held in both
-    precisions then, as it would be where it is rounded. No guard comes of it: either form is right at any size.
-    """
-    if not x.is_cuda or x.dtype != torch.bfloat16:
-        return False
-    N, H, V = (size_hint(size) for size in (*x.shape, weight.shape[0]))
-    return plan(N, H, V, x.itemsize, chunk_tokens, workspace_bytes, device="cuda").count > 1
 
 
 def recompute(graph: Graph, forward: Node, backward: Node) -> None:

@@ -18,15 +18,17 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.values import dependents
+from ..ops.schema import ROW_STATS, ROW_STATS_BACKWARD
+from ..spec.types import GRADIENTS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 ops = torch.ops.lce_inductor
 
-# Positions in row_stats_backward's arguments, and the names row_stats_with_grad gives to them.
-ROW_GRADIENTS = {"g_lse": 7, "g_target": 8, "g_sum": 9, "g_neg_entropy": 10}
-HEAD_ARGS = 5
-LSE_ARG = 5
+# Positions in the ops' arguments: of row gradients and lse in row_stats_backward, of what follows a head's tensors.
+ROW_GRADIENTS = {name: ROW_STATS_BACKWARD[name] for name in GRADIENTS}
+LSE_ARG = ROW_STATS_BACKWARD["lse"]
+HEAD_ARGS = ROW_STATS["epilogue"]
 
 
 class Illegal(NamedTuple):

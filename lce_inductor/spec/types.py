@@ -9,8 +9,34 @@ from torch import Tensor
 
 from .epilogue import Steps
 
-# Bits of `stats`: logsumexp, logit at the target, (weighted) sum, sum of p log p, maximum, its index.
-LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX = 1, 2, 4, 8, 16, 32
+
+class Statistic(NamedTuple):
+    """One number of each row of logits; of the logit at the target, one for each target.
+
+    name: what the passes call it. result: its name among the ops' results. has_gradient: is its gradient an argument of
+    the ops, g_<name>? That of a maximum is one of the logit at its index.
+    """
+
+    name: str
+    result: str
+    has_gradient: bool = True
+
+
+# In the order of the ops' results and of their gradients. All else that lists statistics is made from this, but for
+# Stats and RowGrads, whose fields a type checker has to see (test_ops.py compares them).
+STATISTICS = (
+    Statistic("lse", "lse"),
+    Statistic("target", "target_logit"),
+    Statistic("sum", "sum_logits"),  # weighted, where there are class weights
+    Statistic("neg_entropy", "neg_entropy"),  # sum of p log p
+    Statistic("max", "max_logit", has_gradient=False),
+    Statistic("argmax", "argmax", has_gradient=False),
+)
+# Bits of `stats`, places among the ops' results, and the ops' arguments that are gradients with the bits they are of.
+BITS = {s.name: 1 << i for i, s in enumerate(STATISTICS)}
+PLACES = {s.name: i for i, s in enumerate(STATISTICS)}
+GRADIENTS = {f"g_{s.name}": BITS[s.name] for s in STATISTICS if s.has_gradient}
+LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX = BITS.values()
 
 NO_TARGET = -(2**63)  # torch.iinfo(torch.int64).min: this row has no target in this column
 
@@ -87,6 +113,19 @@ class RowGrads(NamedTuple):
         """True where the loss does not depend on the head at all."""
         return all(g is None for g in self)
 
+    def bits(self) -> int:
+        """Bits of the statistics whose gradient is not zero."""
+        given = LSE if self.lse_slope is not None else 0
+        for name, bit in GRADIENTS.items():
+            if getattr(self, name[2:]) is not None:
+                given |= bit
+        return given
+
+
+def needed(stats: int, grads: int) -> int:
+    """The statistics that have to be there for those asked for and for gradients of others: bits in, bits out."""
+    return stats | grads & LSE | (LSE | NEG_ENTROPY if grads & NEG_ENTROPY else 0)
+
 
 class Stats(NamedTuple):
     """Row statistics of Y; what was not asked for has shape [0].
@@ -102,3 +141,18 @@ class Stats(NamedTuple):
     neg_entropy: Tensor
     max_logit: Tensor
     argmax: Tensor
+
+    def only(self, stats: int) -> Stats:
+        """These bits' alone, the others empty."""
+        return Stats(*(t if stats & 1 << i else t.new_empty(0) for i, t in enumerate(self)))
+
+
+def empty_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
+    """Memory for the statistics whose bits are asked for."""
+    columns, dtypes = 0 if target is None else target.shape[1], {"lse": lse_dtype(x), "argmax": torch.int64}
+
+    def new(name: str) -> Tensor:
+        shape = (x.shape[0], columns) if name == "target" else (x.shape[0],)
+        return x.new_empty(shape if stats & BITS[name] else (0,), dtype=dtypes.get(name, stat_dtype(x)))
+
+    return Stats(*map(new, BITS))

@@ -188,7 +188,7 @@ def records_of(decision: Any, config: Any, existing: set[Any]) -> list[HeadRecor
 
 
 def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
-    refusal, chunks = head.refusal, head.chunks(config)
+    refusal = head.refusal
     record = HeadRecord(
         source=head.source or NOWHERE,
         tokens=head.tokens,
@@ -200,7 +200,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         stop="",
         replaced=tuple(head.replaced) if refusal is None else (),
         inserted=tuple(head.inserted),
-        plan=f"{chunks.count} chunks of {chunks.rows} tokens",
+        plan=head.plan_text(config),
         losses=tuple(filter(None, head.losses)),
         trains=head.trains,
         tier=head.tier,

@@ -1,0 +1,101 @@
+"""The fused ops' work: each call gets a plan, and the implementation that the plan names does it.
+
+What does not depend on how a head is computed is here: the current device, and the check of the targets on a GPU.
+No host synchronisation and no allocation that depends on values: the ops can be captured in CUDA graphs.
+
+Everything takes a plan; without one, it is made for the device as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..spec.types import NO_TARGET, HeadArgs, RowGrads, Stats, needed
+from .plan import Mask, Plan, Request, planned
+from .policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
+from .products import aligned
+
+log = logging.getLogger(__name__)
+
+_MODULES = {ANCHORED: "anchored", ANCHORED_TRITON: "anchored", ROWS: "cuda", BLOCKS: "cpu"}
+
+
+def forward(a: HeadArgs, stats: int, plan: Plan | None = None) -> Stats:
+    """Statistics only: one product, nothing kept, nothing written but statistics."""
+    p = plan or _plan(request(a, stats), a)
+    with _device(a.x):
+        found = _module(p.algorithm).forward(a, stats, p)
+        _assert_targets(a, p)
+    return found
+
+
+def backward(
+    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed."""
+    p = plan or _plan(request(a, 0, grads, mask), a)
+    with _device(a.x):
+        return _module(p.algorithm).backward(a, lse, neg_entropy, grads, mask, p)
+
+
+def with_grad(
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False, plan: Plan | None = None
+) -> tuple[Stats, Tensor, Tensor, Tensor]:
+    """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32."""
+    p = plan or _plan(request(a, needed(stats, grads.bits()), grads, mask), a)
+    with _device(a.x):
+        found = _module(p.algorithm).with_grad(a, stats, grads, mask, wide, p)
+        _assert_targets(a, p)
+    return found
+
+
+def request(a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3) -> Request:
+    """What a call asks for. stats: bits of those that it computes."""
+    (N, H), given = a.x.shape, None if grads is None else grads.bits()
+    return Request(
+        N, H, a.weight.shape[0], a.x.dtype, a.chunk_tokens, a.workspace_bytes, stats,
+        0 if a.target is None else a.target.shape[1], a.epilogue, a.bias is not None, aligned(a.weight), given, mask,
+    )  # fmt: skip
+
+
+def _plan(r: Request, a: HeadArgs) -> Plan:
+    p = planned(r, a.x.device)
+    if log.isEnabledFor(logging.DEBUG):
+        _log(r, p)
+    return p
+
+
+@functools.lru_cache(maxsize=1024)
+def _log(r: Request, p: Plan) -> None:
+    """Once for each choice: the cache is what forgets repetitions."""
+    log.debug("N=%d H=%d V=%d %s stats=%d gradients=%s: %s", *r[:4], r.stats, r.grads is not None, p)
+
+
+@functools.cache
+def _module(algorithm: str) -> ModuleType:
+    """Imported when it is needed: Triton need not be there."""
+    return importlib.import_module(f".{_MODULES[algorithm]}", __package__)
+
+
+def _assert_targets(a: HeadArgs, p: Plan) -> None:
+    """As eager on CUDA: a device-side assertion; the CPU's way raises an error. No kernel reads out of bounds.
+
+    Last: half a dozen launches, and until the first product the GPU waits.
+    """
+    target, V = a.target, a.weight.shape[0]
+    if p.algorithm != BLOCKS and target is not None and target.numel():
+        ok = ((target >= 0) & (target < V)) | (target == NO_TARGET)
+        torch._assert_async(ok.all(), f"target out of bounds: must be in [0, {V})")
+
+
+def _device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the current device, which need not be the tensor's."""
+    here = not t.is_cuda or t.get_device() == torch._C._cuda_getDevice()
+    return contextlib.nullcontext() if here else torch.cuda.device(t.device)
