@@ -259,13 +259,19 @@ def opcheck_arguments() -> dict[str, tuple]:
     wanted = tuple(None if t is None else t.detach().clone().requires_grad_() for t in tensors[:3])
     grads = (g.lse, g.target, g.sum, g.neg_entropy)
     found = row_stats(a, ALL)
+    needed = torch.arange(5) % 2 > 0
     return {
         "row_stats": (*wanted, *tensors[3:], "", ALL, 2, BUDGET),
         "row_stats-lse": (*wanted[:2], None, None, None, "tanh", LSE, 0, BUDGET),
         "row_stats-frozen": (wanted[0], tensors[1], None, a.target, None, SOFTCAP, LSE | TARGET, 0, BUDGET),
+        "row_stats-needed": (*wanted, *tensors[3:], "", ALL, 2, BUDGET, needed),
         "row_stats_backward": (*tensors, found.lse, found.neg_entropy, *grads, "", 0, BUDGET, [True] * 3),
         "row_stats_backward-dx": (*tensors, found.lse, None, g.lse, None, None, None, "", 2, BUDGET, [True, False, False]),
         "row_stats_with_grad": (*tensors, g.lse, g.lse_slope, *grads[1:], "", ALL, 2, BUDGET, [True, True, True]),
+        "row_stats_with_grad-needed": (
+            *tensors, *(None if t is None else t * needed.view(-1, *[1] * (t.dim() - 1)) for t in g), "", ALL, 2, BUDGET,
+            [True, True, True], True, needed,
+        ),
         "row_stats_with_grad-dw": (
             *tensors, None, g.lse_slope, None, None, None, SOFTCAP, TARGET, 0, BUDGET, [False, True, False],
         ),
@@ -332,6 +338,14 @@ def test_bad_arguments_are_named(change, message):
     a = a._replace(**change)
     with pytest.raises(RuntimeError, match=message):
         row_stats(a, LSE | TARGET)
+
+
+@pytest.mark.parametrize("needed", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
+def test_rows_that_are_needed_come_as_bool(needed):
+    a, _ = rows_cases.make(Case(), "cpu")
+    tensors, plan = flat(a)
+    with pytest.raises(RuntimeError, match=r"needed must be bool \[7\], got"):
+        ops.row_stats(*tensors, "", LSE, *plan, needed=needed)
 
 
 def test_unknown_epilogue():

@@ -27,6 +27,7 @@ from ..spec.types import (
     lse_dtype,
     stat_dtype,
 )
+from .counting import counting, packed, packed_grads, unpacked, unpacked_stats
 from .plan import plan
 
 Mask = tuple[bool, bool, bool]
@@ -39,8 +40,16 @@ _BLOCK = 1 << 19
 _WIDENED = 1 << 20
 
 
-def forward(a: HeadArgs, stats: int) -> Stats:
-    """Statistics only: one product, nothing kept."""
+def forward(a: HeadArgs, stats: int, needed: Tensor | None = None) -> Stats:
+    """Statistics only: one product, nothing kept; zeros in rows that don't count."""
+    rows = None if needed is None else counting(a, needed)
+    if rows is None:
+        return _forward(a, stats)
+    _check_targets(a, stats)
+    return unpacked_stats(_forward(packed(a, rows), stats), stats, rows, len(a.x))
+
+
+def _forward(a: HeadArgs, stats: int) -> Stats:
     out = _Rows(a, stats)
     for rows, z in _Logits(a):
         for part, block in _blocks(rows, z):
@@ -49,7 +58,16 @@ def forward(a: HeadArgs, stats: int) -> Stats:
 
 
 def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
-    """Gradients by recomputing the logits of each chunk."""
+    """Gradients by recomputing the logits of each chunk; dX is zero in rows that don't count."""
+    rows = counting(a, None, grads)
+    if rows is None:
+        return _backward(a, lse, neg_entropy, grads, mask)
+    of_rows = lse[rows], None if neg_entropy is None else neg_entropy[rows], packed_grads(grads, rows)
+    dx, dw, db = _backward(packed(a, rows), *of_rows, mask)
+    return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
+
+
+def _backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask) -> tuple[Tensor, ...]:
     logits = _Logits(a)
     out = _Grads(a, mask, a.weight.dtype, len(logits))
     for rows, z in logits:
@@ -62,9 +80,21 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False, needed: Tensor | None = None
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics and gradients of each chunk while its logits are there; wide: dW and db in fp32."""
+    """Statistics and gradients of each chunk while its logits are there; wide: dW and db in fp32. Statistics and dX are
+    zero in rows that don't count."""
+    rows = None if needed is None else counting(a, needed, grads)
+    if rows is None:
+        return _with_grad(a, stats, grads, mask, wide)
+    _check_targets(a, stats)
+    found, dx, dw, db = _with_grad(packed(a, rows), stats, packed_grads(grads, rows), mask, wide)
+    return unpacked_stats(found, stats, rows, len(a.x)), unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
+
+
+def _with_grad(
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool
+) -> tuple[Stats, Tensor, Tensor, Tensor]:
     asked = stats
     stats |= LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0)
     rows_out = _Rows(a, stats)
@@ -143,8 +173,7 @@ class _Rows:
             new(MAX),
             new(ARGMAX, dtype=torch.int64),
         )
-        if stats & TARGET and a.target is not None:
-            _check_target(a.target, a.weight.shape[0])
+        _check_targets(a, stats)
 
     def fill_and_exp(self, rows: slice, y: Tensor) -> Tensor:
         """fill(), and y becomes exp(y - its maximum) in place; returns the sum of that, row by row."""
@@ -208,11 +237,12 @@ def _hidden(a: HeadArgs) -> Tensor | None:
     return hidden if hidden is not None and len(hidden) else None
 
 
-def _check_target(target: Tensor, classes: int) -> None:
-    """As eager on the CPU: an IndexError that names the first bad target."""
-    bad = (target >= classes) | ((target < 0) & (target != NO_TARGET))
-    if bad.any():
-        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
+def _check_targets(a: HeadArgs, stats: int) -> None:
+    """As eager on the CPU: an IndexError that names the first bad target, be it in a row that counts or not."""
+    if stats & TARGET and a.target is not None:
+        bad = (a.target >= a.weight.shape[0]) | ((a.target < 0) & (a.target != NO_TARGET))
+        if bad.any():
+            raise IndexError(f"Target {int(a.target[bad][0])} is out of bounds.")
 
 
 def _dz(

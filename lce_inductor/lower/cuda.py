@@ -65,8 +65,9 @@ def _anchored() -> ModuleType:
     return anchored
 
 
-def forward(a: HeadArgs, stats: int) -> Stats:
-    """Statistics only: one product, nothing kept, nothing written but statistics."""
+def forward(a: HeadArgs, stats: int, needed: Tensor | None = None) -> Stats:
+    """Statistics only: one product, nothing kept, nothing written but statistics. Of all rows, whichever are needed:
+    how many there are the host does not know."""
     if _is_anchored(a, stats, None, (False,) * 3):
         with _device(a.x):
             found = _anchored().forward(a, stats)
@@ -92,22 +93,23 @@ def backward(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGra
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False, needed: Tensor | None = None
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32."""
+    """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32. Of all
+    rows, whichever are needed."""
     if _is_anchored(a, stats, grads, mask):
         with _device(a.x):
             rows, dx, dw, db = _anchored().with_grad(a, stats, grads, mask, wide)
         _assert_targets(a.target, a.weight.shape[0])
         return _wide_lse(rows), dx, dw, db
-    needed = stats
+    computed = stats
     if grads.neg_entropy is not None:
-        needed |= NEG_ENTROPY | LSE
+        computed |= NEG_ENTROPY | LSE
     if grads.lse is not None or grads.lse_slope is not None:
-        needed |= LSE
-    found = _empty_stats(a, needed)
+        computed |= LSE
+    found = _empty_stats(a, computed)
     out = _Gradients(a, mask, grad_dtype(a.weight.dtype, wide))
-    _run(a, needed, found, grads if any(mask) and not grads.all_none() else None, out)
+    _run(a, computed, found, grads if any(mask) and not grads.all_none() else None, out)
     nothing = _empty_stats(a, 0)
     asked = (LSE, TARGET, SUM, NEG_ENTROPY, MAX, ARGMAX)
     return (Stats(*(f if stats & bit else e for f, e, bit in zip(found, nothing, asked))), *out.result())

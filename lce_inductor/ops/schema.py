@@ -9,7 +9,8 @@ Three ops on flat rows do the work of the fused kernels; the passes put them int
 
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
 target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats`
-is a mask of the bits in spec/types.py.
+is a mask of the bits in spec/types.py. needed: bool [N], rows whose statistics are read; those of others are finite
+and may be of no logits. None: all.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ _STATS = "(Tensor lse, Tensor target_logit, Tensor sum_logits, Tensor neg_entrop
 _WITH_STATS = _PLAN.format(stats="int stats, ")
 
 _lib = torch.library.Library("lce_inductor", "DEF")
-_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}) -> {_STATS})")
+_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}, Tensor? needed=None) -> {_STATS})")
 _lib.define(
     f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, Tensor? g_lse, Tensor? g_target, Tensor? g_sum, "
     f"Tensor? g_neg_entropy, {_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, Tensor? g_lse, Tensor? g_lse_slope, Tensor? g_target, Tensor? g_sum, "
-    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, "
-    "Tensor db)"
+    f"Tensor? g_neg_entropy, {_WITH_STATS}, bool[3] output_mask, bool wide=False, Tensor? needed=None) -> {_STATS}, "
+    "Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 
@@ -81,10 +82,12 @@ def _args(
     return HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
 
 
-def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
-    check_inputs(x, weight, bias, target, class_weight)
+def _row_stats(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+):
+    check_inputs(x, weight, bias, target, class_weight, needed=needed)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
-    return _distinct(_impl(x.is_cuda).forward(a, stats))
+    return _distinct(_impl(x.is_cuda).forward(a, stats, needed))
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
@@ -100,15 +103,15 @@ def _row_stats_backward(  # type: ignore[no-untyped-def]
 
 def _row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False, needed=None,
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
-    check_inputs(x, weight, bias, target, class_weight, grads)
+    check_inputs(x, weight, bias, target, class_weight, grads, needed)
     a = _args(x, weight, bias, target, class_weight, epilogue, chunk_tokens, workspace_bytes)
     with torch._C._AutoDispatchBelowAutograd():
-        found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide)
+        found, dx, dw, db = _impl(x.is_cuda).with_grad(a, stats, grads, tuple(output_mask), wide, needed)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
 
 
@@ -124,9 +127,10 @@ def check_inputs(
     target: Tensor | None,
     class_weight: Tensor | None,
     grads: RowGrads | None = None,
+    needed: Tensor | None = None,
 ) -> None:
     """Raise a RuntimeError that names the argument, what came and what is allowed."""
-    _check_devices(x, weight, bias, target, class_weight, grads)
+    _check_devices(x, weight, bias, target, class_weight, grads, needed=needed)
     if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in (x, weight, bias)):
         raise NotImplementedError("lce_inductor has no forward-mode derivatives; torch.compile has none either")
     if x.dim() != 2 or weight.dim() != 2:
@@ -143,6 +147,8 @@ def check_inputs(
         raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise RuntimeError(f"class_weight must have shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+    if needed is not None and (needed.shape != x.shape[:1] or needed.dtype != torch.bool):
+        raise RuntimeError(f"needed must be bool [{x.shape[0]}], got {needed.dtype} {list(needed.shape)}")
 
 
 _HEAD_NAMES = ("weight", "bias", "target", "class_weight", "lse", "neg_entropy")
@@ -156,12 +162,14 @@ def _check_devices(
     class_weight: Tensor | None,
     grads: RowGrads | None = None,
     *statistics: Tensor | None,
+    needed: Tensor | None = None,
 ) -> None:
     """The same for devices: a kernel is given addresses, and would read another device's."""
-    here = x.device
-    for i, t in enumerate((weight, bias, target, class_weight, *statistics, *(grads or ()))):
+    here, of_grads = x.device, grads or RowGrads()
+    for i, t in enumerate((weight, bias, target, class_weight, *statistics, *of_grads, needed)):
         if t is not None and t.device != here:
-            names = (*_HEAD_NAMES[: 4 + len(statistics)], *(f"g_{field}" for field in RowGrads._fields))
+            fields = (f"g_{field}" for field in RowGrads._fields)
+            names = (*_HEAD_NAMES[: 4 + len(statistics)], *fields, "needed")
             raise RuntimeError(f"{names[i]} must be on the device of x, {here}, got {t.device}")
 
 
@@ -194,8 +202,10 @@ def _fake_grads(  # type: ignore[no-untyped-def]
     return like(x, output_mask[0]), like(weight, output_mask[1], wide), db
 
 
-def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
-    _check_devices(x, weight, bias, target, class_weight)
+def _fake_row_stats(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+):
+    _check_devices(x, weight, bias, target, class_weight, needed=needed)
     return tuple(_fake_stats(x, target, stats))
 
 
@@ -210,15 +220,15 @@ def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
 
 def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy,
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False,
+    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide=False, needed=None,
 ):  # fmt: skip
     grads = RowGrads(g_lse, g_lse_slope, g_target, g_sum, g_neg_entropy)
-    _check_devices(x, weight, bias, target, class_weight, grads)
+    _check_devices(x, weight, bias, target, class_weight, grads, needed=needed)
     return (*_fake_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, _ = inputs
     lse, _, _, neg_entropy, _, argmax = output
     # What was not asked for is empty: a gradient of it would have the wrong shape.
     empty = [value for i, value in enumerate(output[:5]) if not stats & (1 << i)]
@@ -243,7 +253,7 @@ def _backward(ctx, g_lse, g_target, g_sum, g_neg_entropy, g_max, _g_argmax):  # 
             column, g_column = torch.cat([target, column], 1), torch.cat([g_target, g_column], 1)
         target, g_target = column, g_column
     mask = ctx.needs_input_grad[:3]
-    none = (None,) * 6
+    none = (None,) * 7
     if all(g is None for g in (g_lse, g_target, g_sum, g_neg_entropy)):
         return (None, None, None, *none)
     if g_neg_entropy is not None and not ctx.has_lse:
