@@ -87,6 +87,7 @@ _RESHAPES = {
     aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.detach.default, aten.clone.default,
     ops.once.default,
 }  # fmt: skip
+_SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
 _CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 _MUL = {aten.mul.Tensor, aten.mul.Scalar}
 _DIV = {aten.div.Tensor, aten.div.Scalar}
@@ -111,7 +112,7 @@ class _Walk:
 
     def result(self) -> Needed:
         for node in reversed(self.graph.nodes):
-            if node in self.on_stats or node.op == "output":
+            if any(value in self.on_stats for value in node.all_input_nodes):
                 self._reads(node)
         rows = either(*(self.needs.get(s, NOWHERE) for s in self.stats))
         reader = next((self.because[s] for s in self.stats if s in self.because), None)
@@ -135,10 +136,12 @@ class _Walk:
     def _reads(self, node: Node) -> None:
         """Needs of what a node reads."""
         where, args = self.needs.get(node, NOWHERE), node.args
-        if node.op == "output" or node.is_impure():
+        if node.target in _SIZES:
+            return
+        if node.op == "output" or node.is_impure() or is_size(node):  # a size that is made of values
             for value in node.all_input_nodes:
                 self._need(value, ALL, node)
-        elif is_size(node) or where == NOWHERE:
+        elif where == NOWHERE:
             return
         elif node.target is ops.row_stats_backward.default:
             self._reads_of_backward(node)
@@ -151,7 +154,7 @@ class _Walk:
         elif self._is_pointwise(node):
             self._is_risky(node, where)
             for value, place in self._reads_of_pointwise(node, where):
-                same_shape = isinstance(value, Node) and sizes_of(value) == sizes_of(node)
+                same_shape = _is_tensor(value) and sizes_of(value) == sizes_of(node)
                 self._need(value, place if same_shape else ALL, node)
         else:
             for value in node.all_input_nodes:
@@ -180,6 +183,8 @@ class _Walk:
             self._need(value, either(*map(self._nonzero_rows, gradients)), node)
 
     def _is_pointwise(self, node: Node) -> bool:
+        if not _is_tensor(node):
+            return False
         known = node.target in _CASTS or node.target in _TAME
         return known or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags)
 
@@ -187,6 +192,8 @@ class _Walk:
         """Keep in mind a value that must be made zero where it is not needed."""
         dtype = node.meta["val"].dtype
         tame = node.target in _TAME or (node.target in _DIV and node.args[1] not in self.on_stats)
+        if node.target is aten.pow.Tensor_Scalar:
+            tame = bool(node.args[1] == 2)
         if node.target in _CASTS:
             tame = dtype != torch.float16  # which ends at 65504
         if where != ALL and dtype.is_floating_point and not tame:
@@ -203,7 +210,7 @@ class _Walk:
 
     def _nonzero(self, value: Any, like: Node) -> Where:
         """Where a value, broadcast to the shape of `like`, is not known to be zero whatever the statistics are."""
-        if not isinstance(value, Node):
+        if not _is_tensor(value):
             return ALL
         if is_zero(value):
             return NOWHERE
@@ -244,6 +251,10 @@ class _Walk:
             return self._nonzero(gradient, gradient)
         columns = gradient.args[0] if gradient.target is aten.stack.default and gradient.args[1:] == (1,) else None
         return ALL if columns is None else either(*(self._nonzero(c, c) for c in columns))  # type: ignore[union-attr,arg-type]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def _literal(node: Node, like: Node, nonzero: bool = True) -> Where:
