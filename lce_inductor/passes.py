@@ -18,7 +18,7 @@ from .defer import defer_returned
 from .graph.backup import Backup
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
-from .schedule import move
+from .schedule import move, restrict
 from .telling import records, watch
 
 log = logging.getLogger("lce_inductor")
@@ -103,6 +103,7 @@ class HeadsPass(_Pass):
                 where = move(graph, self.config)
                 if where:
                     sort(graph)
+                restrict(graph)
                 regions.scheduled(decision, where)
                 graph.lint()
                 _count_gradients(decision, where)

@@ -23,8 +23,8 @@ from lce_inductor.spec.types import (
     HeadArgs,
     RowGrads,
     Stats,
+    computed,
     empty_stats,
-    needed,
 )
 
 ALL = LSE | TARGET | SUM | NEG_ENTROPY | MAX | ARGMAX
@@ -73,17 +73,17 @@ class Planned:
 
     def plan(self, a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3) -> Plan:
         if grads is not None:
-            stats = needed(stats, grads.bits()) if stats else 0
+            stats = computed(stats, grads.bits()) if stats else 0
         return decide(heads.request(a, stats, grads, mask), self.device, self.policy, self.algorithm)
 
     def forward(self, a: HeadArgs, stats: int) -> Stats:
-        return heads.forward(a, stats, self.plan(a, stats))
+        return heads.forward(a, stats, plan=self.plan(a, stats))
 
     def backward(self, a: HeadArgs, lse, neg_entropy, grads: RowGrads, mask: Mask):
         return heads.backward(a, lse, neg_entropy, grads, mask, self.plan(a, 0, grads, mask))
 
     def with_grad(self, a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False):
-        return heads.with_grad(a, stats, grads, mask, wide, self.plan(a, stats, grads, mask))
+        return heads.with_grad(a, stats, grads, mask, wide, plan=self.plan(a, stats, grads, mask))
 
 
 def on(device: str) -> Any:

@@ -18,23 +18,24 @@ ROWS = ("g_lse", "g_target", "g_sum", "g_neg_entropy")
 PLAN = (2, 1 << 30)
 MASK = [True, True, True]
 OPS = {
-    "row_stats": HEAD[1:],
+    "row_stats": (*HEAD[1:], "needed"),
     "row_stats_backward": (*HEAD[1:], "lse", "neg_entropy", *ROWS),
-    "row_stats_with_grad": (*HEAD[1:], ROWS[0], "g_lse_slope", *ROWS[1:]),
+    "row_stats_with_grad": (*HEAD[1:], ROWS[0], "g_lse_slope", *ROWS[1:], "needed"),
 }
 
 
 def call(op: str, t: dict[str, Tensor]) -> None:
-    given = [t[name] for name in ("x", *OPS[op])]
+    given = [t[name] for name in ("x", *OPS[op]) if name != "needed"]
     stats = [] if op == "row_stats_backward" else [ALL]
-    getattr(ops, op)(*given, "", *stats, *PLAN, *([] if op == "row_stats" else [MASK]))
+    needed = {"needed": t["needed"]} if "needed" in OPS[op] else {}
+    getattr(ops, op)(*given, "", *stats, *PLAN, *([] if op == "row_stats" else [MASK]), **needed)
 
 
 def tensors() -> dict[str, Tensor]:
     a, g = rows_cases.make(CASE, "cpu")
     t = dict(zip((*HEAD, "g_lse", "g_lse_slope", *ROWS[1:]), (*a[:5], *g)))
     n = torch.zeros(5, dtype=torch.float64)
-    return t | {"lse": n, "neg_entropy": n.float(), "g_lse_slope": n.float()}
+    return t | {"lse": n, "neg_entropy": n.float(), "g_lse_slope": n.float(), "needed": torch.ones(5, dtype=torch.bool)}
 
 
 @pytest.mark.parametrize("fake", [False, True])

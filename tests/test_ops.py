@@ -23,7 +23,7 @@ from lce_inductor.spec.types import (
     HeadArgs,
     RowGrads,
     Stats,
-    needed,
+    computed,
 )
 
 ops = torch.ops.lce_inductor
@@ -257,6 +257,7 @@ def test_chunks_bound_the_workspace():
 def test_bf16_loss_is_better_than_eagers():
     """Eager rounds each row's loss to bf16 before the mean; statistics stay fp32."""
     x, weight, target = head(n=2000, h=64, v=1001, dtype=torch.bfloat16)
+    target = target.clamp(min=0)  # -100 is no label for the op
     exact = F.cross_entropy(F.linear(x, weight).double(), target, reduction="none")
     eager = F.cross_entropy(F.linear(x, weight), target, reduction="none")
     lse, picked, *_ = ops.row_stats(x, weight, None, target[:, None], None, "", LSE | TARGET, 0, BUDGET)
@@ -273,13 +274,19 @@ def opcheck_arguments() -> dict[str, tuple]:
     wanted = tuple(None if t is None else t.detach().clone().requires_grad_() for t in tensors[:3])
     grads = (g.lse, g.target, g.sum, g.neg_entropy)
     found = row_stats(a, ALL)
+    needed = torch.arange(5) % 2 > 0
     return {
         "row_stats": (*wanted, *tensors[3:], "", ALL, 2, BUDGET),
         "row_stats-lse": (*wanted[:2], None, None, None, "tanh", LSE, 0, BUDGET),
         "row_stats-frozen": (wanted[0], tensors[1], None, a.target, None, SOFTCAP, LSE | TARGET, 0, BUDGET),
+        "row_stats-needed": (*wanted, *tensors[3:], "", ALL, 2, BUDGET, needed),
         "row_stats_backward": (*tensors, found.lse, found.neg_entropy, *grads, "", 0, BUDGET, [True] * 3),
         "row_stats_backward-dx": (*tensors, found.lse, None, g.lse, None, None, None, "", 2, BUDGET, [True, False, False]),
         "row_stats_with_grad": (*tensors, g.lse, g.lse_slope, *grads[1:], "", ALL, 2, BUDGET, [True, True, True]),
+        "row_stats_with_grad-needed": (
+            *tensors, *(None if t is None else t * needed.view(-1, *[1] * (t.dim() - 1)) for t in g), "", ALL, 2, BUDGET,
+            [True, True, True], True, needed,
+        ),
         "row_stats_with_grad-dw": (
             *tensors, None, g.lse_slope, None, None, None, SOFTCAP, TARGET, 0, BUDGET, [False, True, False],
         ),
@@ -348,6 +355,14 @@ def test_bad_arguments_are_named(change, message):
         row_stats(a, LSE | TARGET)
 
 
+@pytest.mark.parametrize("needed", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
+def test_rows_that_are_needed_come_as_bool(needed):
+    a, _ = rows_cases.make(Case(), "cpu")
+    tensors, plan = flat(a)
+    with pytest.raises(RuntimeError, match=r"needed must be bool \[7\], got"):
+        ops.row_stats(*tensors, "", LSE, *plan, needed=needed)
+
+
 def test_unknown_epilogue():
     a, _ = rows_cases.make(Case(), "cpu")
     tensors, plan = flat(a)
@@ -371,5 +386,5 @@ def test_bits_of_gradients():
     one = torch.ones(1)
     assert RowGrads().bits() == 0 and RowGrads(lse_slope=one).bits() == LSE
     assert RowGrads(lse=one, target=one, sum=one, neg_entropy=one).bits() == LSE | TARGET | SUM | NEG_ENTROPY
-    assert needed(TARGET, 0) == TARGET and needed(TARGET, LSE | SUM) == TARGET | LSE
-    assert needed(0, NEG_ENTROPY) == LSE | NEG_ENTROPY
+    assert computed(TARGET, 0) == TARGET and computed(TARGET, LSE | SUM) == TARGET | LSE
+    assert computed(0, NEG_ENTROPY) == LSE | NEG_ENTROPY

@@ -123,7 +123,7 @@ class _Rows:
         self.a, self.asked = a, stats
         self.stats = empty_stats(a.x, a.target, stats)
         if stats & TARGET and a.target is not None:
-            _check_target(a.target, a.weight.shape[0])
+            check_target(a.target, a.weight.shape[0])
 
     def fill_and_exp(self, rows: slice, y: Tensor) -> Tensor:
         """fill(), and y becomes exp(y - its maximum) in place; returns the sum of that, row by row."""
@@ -187,7 +187,7 @@ def _hidden(a: HeadArgs) -> Tensor | None:
     return hidden if hidden is not None and len(hidden) else None
 
 
-def _check_target(target: Tensor, classes: int) -> None:
+def check_target(target: Tensor, classes: int) -> None:
     """As eager on the CPU: an IndexError that names the first bad target."""
     bad = (target >= classes) | ((target < 0) & (target != NO_TARGET))
     if bad.any():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec.types import LSE, HeadArgs, RowGrads, Stats, empty_stats, grad_dtype, needed
+from ..spec.types import LSE, HeadArgs, RowGrads, Stats, computed, empty_stats, grad_dtype
 from .plan import Mask, Plan, Products, pieces
 from .products import as_factor, input_gradient, logits_with_lse, weight_gradient
 
@@ -38,10 +38,10 @@ def backward(
 def with_grad(
     a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    computed = needed(stats, grads.bits())
-    found = empty_stats(a.x, a.target, computed)
+    wanted = computed(stats, grads.bits())
+    found = empty_stats(a.x, a.target, wanted)
     out = _Gradients(a, mask, grad_dtype(a.weight.dtype, wide))
-    _run(a, computed, found, grads if any(mask) and not grads.all_none() else None, out, p)
+    _run(a, wanted, found, grads if any(mask) and not grads.all_none() else None, out, p)
     return (found.only(stats), *out.result())
 
 

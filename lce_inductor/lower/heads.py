@@ -17,7 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..spec.types import NO_TARGET, HeadArgs, RowGrads, Stats, needed
+from ..spec.types import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed
+from .counting import counting, packed, packed_grads, unpacked, unpacked_stats
+from .cpu import check_target
 from .plan import Mask, Plan, Request, planned
 from .policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
 from .products import aligned
@@ -27,8 +29,12 @@ log = logging.getLogger(__name__)
 _MODULES = {ANCHORED: "anchored", ANCHORED_TRITON: "anchored", ROWS: "cuda", BLOCKS: "cpu"}
 
 
-def forward(a: HeadArgs, stats: int, plan: Plan | None = None) -> Stats:
-    """Statistics only: one product, nothing kept, nothing written but statistics."""
+def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | None = None) -> Stats:
+    """Statistics only: one product, nothing kept, nothing written but statistics; zeros in rows that don't count."""
+    rows = None if needed is None else counting(a, needed)
+    if rows is not None:
+        _check_targets(a, stats)
+        return unpacked_stats(forward(packed(a, rows), stats, plan=plan), stats, rows, len(a.x))
     p = plan or _plan(request(a, stats), a)
     with _device(a.x):
         found = _module(p.algorithm).forward(a, stats, p)
@@ -39,17 +45,30 @@ def forward(a: HeadArgs, stats: int, plan: Plan | None = None) -> Stats:
 def backward(
     a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed."""
+    """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed; dX is zero in
+    rows that don't count."""
+    rows = counting(a, None, grads)
+    if rows is not None:
+        of_rows = lse[rows], None if neg_entropy is None else neg_entropy[rows], packed_grads(grads, rows)
+        dx, dw, db = backward(packed(a, rows), *of_rows, mask, plan)
+        return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
     p = plan or _plan(request(a, 0, grads, mask), a)
     with _device(a.x):
         return _module(p.algorithm).backward(a, lse, neg_entropy, grads, mask, p)
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False, plan: Plan | None = None
-) -> tuple[Stats, Tensor, Tensor, Tensor]:
-    """Statistics, and gradients while each chunk's logits are there: three products. wide: dW and db in fp32."""
-    p = plan or _plan(request(a, needed(stats, grads.bits()), grads, mask), a)
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False, needed: Tensor | None = None,
+    plan: Plan | None = None,
+) -> tuple[Stats, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Statistics, and gradients while each chunk's logits are there: three products. Statistics and dX are zero in rows
+    that don't count. wide: dW and db in fp32."""
+    rows = None if needed is None else counting(a, needed, grads)
+    if rows is not None:
+        _check_targets(a, stats)
+        found, dx, dw, db = with_grad(packed(a, rows), stats, packed_grads(grads, rows), mask, wide, plan=plan)
+        return unpacked_stats(found, stats, rows, len(a.x)), unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
+    p = plan or _plan(request(a, computed(stats, grads.bits()), grads, mask), a)
     with _device(a.x):
         found = _module(p.algorithm).with_grad(a, stats, grads, mask, wide, p)
         _assert_targets(a, p)
@@ -82,6 +101,12 @@ def _log(r: Request, p: Plan) -> None:
 def _module(algorithm: str) -> ModuleType:
     """Imported when it is needed: Triton need not be there."""
     return importlib.import_module(f".{_MODULES[algorithm]}", __package__)
+
+
+def _check_targets(a: HeadArgs, stats: int) -> None:
+    """Of rows that don't count, too."""
+    if stats & TARGET and a.target is not None:
+        check_target(a.target, a.weight.shape[0])
 
 
 def _assert_targets(a: HeadArgs, p: Plan) -> None:

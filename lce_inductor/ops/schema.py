@@ -9,7 +9,8 @@ Three ops on flat rows do the work of the fused kernels; the passes put them int
 
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
 target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats`
-is a mask of the bits in spec/types.py.
+is a mask of the bits in spec/types.py. needed: bool [N], rows whose statistics are read; those of others are finite
+and may be of no logits. None: all.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ def _optional(names: Iterable[str]) -> str:
 
 
 _lib = torch.library.Library("lce_inductor", "DEF")
-_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}) -> {_STATS})")
+_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}, Tensor? needed=None) -> {_STATS})")
 _lib.define(
     f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, {_optional(GRADIENTS)}, "
     f"{_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, {_optional(f'g_{name}' for name in RowGrads._fields)}, {_WITH_STATS}, "
-    f"bool[3] output_mask, bool wide=False) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
+    f"bool[3] output_mask, bool wide=False, Tensor? needed=None) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 
@@ -69,10 +70,12 @@ def _positions(name: str) -> dict[str, int]:
 ROW_STATS, ROW_STATS_BACKWARD = map(_positions, ("row_stats", "row_stats_backward"))
 
 
-def _row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
-    check_inputs(x, weight, bias, target, class_weight)
+def _row_stats(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+):
+    check_inputs(x, weight, bias, target, class_weight, needed=needed)
     a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
-    return _distinct(heads.forward(a, stats))
+    return _distinct(heads.forward(a, stats, needed))
 
 
 def _row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy, *rest):  # type: ignore[no-untyped-def]
@@ -87,11 +90,11 @@ def _row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy,
 def _row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
-    grads, epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide = _of_with_grad(*rest)
-    check_inputs(x, weight, bias, target, class_weight, grads)
+    grads, epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide, needed = _of_with_grad(*rest)
+    check_inputs(x, weight, bias, target, class_weight, grads, needed)
     a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
     with torch._C._AutoDispatchBelowAutograd():
-        found, dx, dw, db = heads.with_grad(a, stats, grads, tuple(output_mask), wide)
+        found, dx, dw, db = heads.with_grad(a, stats, grads, tuple(output_mask), wide, needed)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
 
 
@@ -101,10 +104,10 @@ def _row_grads(given: Sequence[Tensor | None]) -> RowGrads:
 
 
 def _of_with_grad(*rest: Any) -> tuple[Any, ...]:
-    """The arguments behind the head's tensors; `wide` may be left out."""
+    """The arguments behind the head's tensors; `wide` and `needed` may be left out."""
     count = len(RowGrads._fields)
-    epilogue, stats, chunk_tokens, workspace_bytes, output_mask, *wide = rest[count:]
-    return RowGrads(*rest[:count]), epilogue, stats, chunk_tokens, workspace_bytes, output_mask, any(wide)
+    given = (*rest[count:], *(False, None)[len(rest) - count - 5 :])
+    return RowGrads(*rest[:count]), *given
 
 
 def _distinct(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -119,9 +122,10 @@ def check_inputs(
     target: Tensor | None,
     class_weight: Tensor | None,
     grads: RowGrads | None = None,
+    needed: Tensor | None = None,
 ) -> None:
     """Raise a RuntimeError that names the argument, what came and what is allowed."""
-    _check_devices(x, weight, bias, target, class_weight, grads)
+    _check_devices(x, weight, bias, target, class_weight, grads, needed=needed)
     if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in (x, weight, bias)):
         raise NotImplementedError("lce_inductor has no forward-mode derivatives; torch.compile has none either")
     if x.dim() != 2 or weight.dim() != 2:
@@ -138,6 +142,8 @@ def check_inputs(
         raise RuntimeError(f"target must be int64 [{x.shape[0]}, K], got {target.dtype} {list(target.shape)}")
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise RuntimeError(f"class_weight must have shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+    if needed is not None and (needed.shape != x.shape[:1] or needed.dtype != torch.bool):
+        raise RuntimeError(f"needed must be bool [{x.shape[0]}], got {needed.dtype} {list(needed.shape)}")
 
 
 _HEAD_NAMES = ("weight", "bias", "target", "class_weight", "lse", "neg_entropy")
@@ -151,12 +157,14 @@ def _check_devices(
     class_weight: Tensor | None,
     grads: RowGrads | None = None,
     *statistics: Tensor | None,
+    needed: Tensor | None = None,
 ) -> None:
     """The same for devices: a kernel is given addresses, and would read another device's."""
-    here = x.device
-    for i, t in enumerate((weight, bias, target, class_weight, *statistics, *(grads or ()))):
+    here, of_grads = x.device, grads or RowGrads()
+    for i, t in enumerate((weight, bias, target, class_weight, *statistics, *of_grads, needed)):
         if t is not None and t.device != here:
-            names = (*_HEAD_NAMES[: 4 + len(statistics)], *(f"g_{field}" for field in RowGrads._fields))
+            fields = (f"g_{field}" for field in RowGrads._fields)
+            names = (*_HEAD_NAMES[: 4 + len(statistics)], *fields, "needed")
             raise RuntimeError(f"{names[i]} must be on the device of x, {here}, got {t.device}")
 
 
@@ -177,8 +185,10 @@ def _fake_grads(  # type: ignore[no-untyped-def]
     return like(x, output_mask[0]), like(weight, output_mask[1], wide), db
 
 
-def _fake_row_stats(x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes):  # type: ignore[no-untyped-def]
-    _check_devices(x, weight, bias, target, class_weight)
+def _fake_row_stats(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+):
+    _check_devices(x, weight, bias, target, class_weight, needed=needed)
     return tuple(empty_stats(x, target, stats))
 
 
@@ -189,13 +199,13 @@ def _fake_row_stats_backward(x, weight, bias, target, class_weight, lse, neg_ent
 
 
 def _fake_row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
-    grads, _, stats, _, _, output_mask, wide = _of_with_grad(*rest)
-    _check_devices(x, weight, bias, target, class_weight, grads)
+    grads, _, stats, _, _, output_mask, wide, needed = _of_with_grad(*rest)
+    _check_devices(x, weight, bias, target, class_weight, grads, needed=needed)
     return (*empty_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes = inputs
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, _ = inputs
     found = Stats(*output)
     # What was not asked for is empty: a gradient of it would have the wrong shape.
     ctx.mark_non_differentiable(*(t for t, bit in zip(found, BITS.values()) if bit == ARGMAX or not stats & bit))
@@ -227,7 +237,7 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
             column, g_column = torch.cat([target, column], 1), torch.cat([of.target_logit, g_column], 1)
         target, of = column, of._replace(target_logit=g_column)
     mask = ctx.needs_input_grad[:3]
-    none = (None,) * 6
+    none = (None,) * 7
     given = [g for g, s in zip(of, STATISTICS) if s.has_gradient]
     if all(g is None for g in given):
         return (None, None, None, *none)

@@ -271,8 +271,8 @@ class Emitter:
             ((source, before),) = wanted
             ref = self.value(source, before, home)
             if ref is not None and node.args[0].target is aten.unbind.int:  # type: ignore[union-attr]
-                _, dim = _unbound(node.args[0])
-                return self._step(aten.select.int, (ref, position(before, dim), node.args[1]), {})
+                place = position(before, _unbound(node.args[0])[1])
+                return self._step(aten.select.int, (ref, place, node.args[1]), {})
             return None if ref is None else self._step(operator.getitem, (ref, node.args[1]), {})
         refs: list[Any] = []
         apart = self.space is not home.find() and node in self.labels.of and self._has_native_part(node)
@@ -496,6 +496,5 @@ class Emitter:
 
 
 def _unbound(node: Node) -> tuple[Node, int]:
-    """What is unbound, and along which dimension."""
     x, dim = bound(node).values()
     return x, at(dim, len(shape_of(x) or ()))

@@ -1,28 +1,34 @@
-"""Schedule: decide in the joint graph whether gradients are computed in the forward.
+"""Schedule: decide in the joint graph whether gradients are computed in the forward, and which rows need not be at all.
 
-tangents (is it legal, and what are the row gradients with the tangent set to one?) -> rewrite (plan -> graph).
+tangents (is it legal, and what are the row gradients with the tangent set to one?) -> rewrite (plan -> graph);
+needed (which rows can anything depend on?) -> rewrite.
 """
 
 from __future__ import annotations
 
 import logging
 
+import torch
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..graph.values import device_type
 from ..graph.write import sort
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
+from .needed import ALL, needed_rows
 from .tangents import Illegal, heads_of, row_gradients
 
 log = logging.getLogger("lce_inductor")
+ops = torch.ops.lce_inductor
 
 
 def schedule(graph: Graph, config: Config) -> dict[Node, str]:
-    """move(), and what nobody reads any more is dropped."""
+    """move() and restrict(), and what nobody reads any more is dropped."""
     where = move(graph, config)
     if where:
         sort(graph)
+    if restrict(graph) or where:
         graph.lint()
         graph.eliminate_dead_code()
     return where
@@ -55,3 +61,26 @@ def move(graph: Graph, config: Config) -> dict[Node, str]:
         where[forward] = "forward"
         log.debug("%s: gradients are computed in the forward (3 products)", name)
     return where
+
+
+def restrict(graph: Graph) -> bool:
+    """Tell every head which of its rows anything depends on; was there one to tell?
+
+    Not on a GPU, whose ops would have to wait for the number of these rows.
+    """
+    targets = (ops.row_stats.default, ops.row_stats_with_grad.default)
+    heads = [n for target in targets for n in graph.find_nodes(op="call_function", target=target)]
+    told = False
+    for head in heads:
+        if device_type(head.args[0]) != "cpu":  # type: ignore[arg-type]
+            continue
+        name, needed = rewrite.describe(head), needed_rows(graph, head)
+        if needed.rows == ALL or not needed.rows:
+            log.debug("%s: all rows are computed: %s", name, needed.why)
+        elif not rewrite.restrict(graph, head, needed):
+            log.debug("%s: all rows are computed: which are needed is not known before the head", name)
+        else:
+            sort(graph)  # what the next head's rows depend on is read off the order
+            told = True
+            log.debug("%s: only rows that something depends on are computed", name)
+    return told

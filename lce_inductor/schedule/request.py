@@ -9,7 +9,7 @@ from torch.fx import Node
 from ..graph.values import size_hint
 from ..lower.plan import Request
 from ..spec.epilogue import parse
-from ..spec.types import GRADIENTS, needed
+from ..spec.types import GRADIENTS, computed
 from .tangents import HEAD_ARGS, ROW_GRADIENTS
 
 
@@ -23,7 +23,7 @@ def request_of(forward: Node, backward: Node | None) -> Request:
         return r
     grads = sum(GRADIENTS[name] for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None)
     mask: Any = backward.args[-1]
-    return r._replace(stats=needed(stats, grads), grads=grads, mask=tuple(mask))
+    return r._replace(stats=computed(stats, grads), grads=grads, mask=tuple(mask))
 
 
 def _args(forward: Node) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -11,9 +12,10 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..graph import second
-from ..graph.write import fake_mode
+from ..graph.write import Writer, can_size, fake_mode
 from ..lower.plan import planned
 from ..spec.types import STATISTICS, RowGrads
+from .needed import Literal, Needed, Where, sizes_of, unavailable
 from .request import request_of
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
 
@@ -73,6 +75,58 @@ def recompute(graph: Graph, forward: Node, backward: Node) -> None:
     if position is not None:
         gradient = backward.args[position]
         backward.update_arg(position, _named(graph, backward, gradient, (*forward.args, *backward.args)))  # type: ignore[arg-type]
+
+
+def restrict(graph: Graph, op: Node, needed: Needed) -> bool:
+    """Tell a head which rows are needed, and make risky values zero where they are not; False where that can't be said
+    before the head. The graph is not in order afterwards."""
+    x, late = op.args[0], unavailable(graph, op)
+    literals = {literal for where in (needed.rows, *needed.risky.values()) for part in where for literal in part}
+    if any(literal.node.meta["val"].device != x.meta["val"].device for literal in literals):  # type: ignore[union-attr]
+        return False
+    if not all(can_size(graph, size, late) for literal in literals for size in literal.shape):
+        return False
+    formula = _Formula(graph, op, late)
+    op.update_kwarg("needed", formula(needed.rows, sizes_of(x)[:1]))  # type: ignore[arg-type]
+    for value, where in needed.risky.items():
+        like = value.meta["val"]
+        writer = Writer(graph, value.next, value, late)
+        zero = writer.call(aten.full.default, [], 0, dtype=like.dtype, device=like.device)
+        kept = writer.call(aten.where.self, formula(where, sizes_of(value)), value, zero)
+        for user in [u for u in value.users if u is not kept]:
+            user.replace_input_with(value, kept)
+    return True
+
+
+class _Formula:
+    """Writes a Where as a bool tensor of some shape, before a head."""
+
+    def __init__(self, graph: Graph, op: Node, late: set[Node]) -> None:
+        self.call = Writer(graph, op, op, late).call
+        # The order of a set's elements is another in each process, and a graph is a key of caches.
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.known: dict[Any, Node] = {}
+
+    def __call__(self, where: Where, shape: tuple[Any, ...]) -> Node:
+        if (where, shape) not in self.known:
+            parts = sorted(sorted(map(self._key, part)) for part in where)
+            every = [self._joined(aten.logical_and, [self._literal(key[-1], shape) for key in part]) for part in parts]
+            self.known[where, shape] = self._joined(aten.logical_or, every)
+        return self.known[where, shape]
+
+    def _key(self, literal: Literal) -> tuple[Any, ...]:
+        return self.order[literal.node], str(literal.shape), literal.nonzero, literal
+
+    def _joined(self, op: Any, values: list[Node]) -> Node:
+        return functools.reduce(lambda a, b: self.call(op.default, a, b), values)
+
+    def _literal(self, literal: Literal, shape: tuple[Any, ...]) -> Node:
+        out = literal.node
+        if out.meta["val"].dtype != torch.bool or not literal.nonzero:
+            out = self.call(aten.ne.Scalar if literal.nonzero else aten.eq.Scalar, out, 0)
+        if sizes_of(out) != literal.shape:
+            out = self.call(aten.expand.default, out, list(literal.shape))
+        return out if literal.shape == shape else self.call(aten.reshape.default, out, list(shape))
 
 
 def _named(graph: Graph, point: Node, value: Node, sources: Iterable[Any]) -> Node:

@@ -147,7 +147,7 @@ class _Evaluate:
         if node not in self.behind:
             return node
         if node not in self._cleaned:
-            self._cleaned[node] = self._size(node) if _is_size(node) else self._copy(node, {})
+            self._cleaned[node] = self._size(node) if is_size(node) else self._copy(node, {})
         return self._cleaned[node]
 
     def _size(self, node: Node) -> Any:
@@ -156,7 +156,7 @@ class _Evaluate:
         if isinstance(size, int):
             return size
         for other in self.graph.nodes:
-            if other not in self.behind and _is_size(other):
+            if other not in self.behind and is_size(other):
                 value = other.meta["val"]
                 if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
                     return other
@@ -164,7 +164,7 @@ class _Evaluate:
         for dim, value in enumerate(x.meta["val"].shape):  # type: ignore[union-attr]
             if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
                 return self._sym_size(x, dim, value)
-        if node.op == "call_function" and not node.kwargs and all(map(_is_size, node.all_input_nodes)):
+        if node.op == "call_function" and not node.kwargs and all(map(is_size, node.all_input_nodes)):
             return self._copy(node, {})  # arithmetic of sizes
         raise _NotLinear(f"a size depends on the head: {node.format_node() or node.name}")
 
@@ -178,7 +178,7 @@ class _Evaluate:
     def _evaluate(self, node: Node) -> Affine:
         if node in self.tangents:
             return Affine(self._one(node), None)
-        if _is_zero(node):
+        if is_zero(node):
             return Affine(None, None)
         if self._free(node):
             return Affine(self._clean(node), None)
@@ -210,7 +210,7 @@ class _Evaluate:
         """Gradients of several targets, side by side."""
         columns = []
         for column in node.args[0]:  # type: ignore[union-attr]
-            zero = _is_zero(column)
+            zero = is_zero(column)
             value = self(column)
             if value.slope is not None or (value.const is None and not zero) or not (zero or column in self.on_tangent):
                 raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
@@ -227,7 +227,7 @@ class _Evaluate:
         if node in self.on_tangent:
             for i in indices:
                 arg = node.args[i]
-                if not _is_zero(arg) and arg not in self.on_tangent:
+                if not is_zero(arg) and arg not in self.on_tangent:
                     raise _NotLinear(f"not linear in the tangent: {node.format_node() or node.name}")
         values = [self(node.args[i]) if isinstance(node.args[i], Node) else Affine(None, None) for i in indices]
         if any(not isinstance(node.args[i], Node) and node.args[i] != 0 for i in indices):
@@ -297,7 +297,7 @@ class _Evaluate:
     def _zeros_like(self, node: Any, scalar: bool) -> Any:
         if not isinstance(node, Node):
             return node
-        if _is_zero(node):
+        if is_zero(node):
             return self._clean(node)
         value = node.meta["val"]
         # Where the other operand has the result's shape, a scalar broadcasts.
@@ -306,11 +306,13 @@ class _Evaluate:
         raise _NotLinear("a part of a row gradient depends on lse, another does not")
 
 
-def _is_size(node: Node) -> bool:
+def is_size(node: Node) -> bool:
+    """Is the value a size rather than a tensor?"""
     return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
-def _is_zero(node: Any) -> bool:
+def is_zero(node: Any) -> bool:
+    """Is that a number, or a tensor full of a number, that is zero?"""
     if not isinstance(node, Node):
         return bool(node == 0)
     constant = node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)

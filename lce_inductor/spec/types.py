@@ -122,7 +122,7 @@ class RowGrads(NamedTuple):
         return given
 
 
-def needed(stats: int, grads: int) -> int:
+def computed(stats: int, grads: int) -> int:
     """The statistics that have to be there for those asked for and for gradients of others: bits in, bits out."""
     return stats | grads & LSE | (LSE | NEG_ENTROPY if grads & NEG_ENTROPY else 0)
 
