@@ -37,12 +37,12 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=4 * eps, atol=64 * min(eps, 1e-6) * scale + eps * scale)
 
 
-@pytest.mark.parametrize("rows", ROWS)
 def plan_of(a, stats, grads, mask):
     """Of all rows."""
     return planned(heads.request(a, computed(stats, grads.bits()), grads, mask), a.x.device)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_that_count_are_as_ever_and_others_zero(case, rows):
     a, g = rows_cases.make(case, "cpu")
