@@ -139,6 +139,10 @@ KERNELS: dict[str, Case] = {
 }  # fmt: skip
 
 REGION: dict[str, Case] = {
+    "indices from the end": ("x w y", lambda x,w,y: -(L(x,w).log_softmax(-1)[torch.arange(24),y-20]*(y>9)).sum()),
+    "indices from the end and labels": ("x w y", lambda x,w,y: (lambda z: CE(z,y)+z[torch.arange(24),y-37].sum()*.3)(L(x,w))),
+    "indices from the end of a masked cap": ("x w y mask", lambda x,w,y,m: (z:=L(x,w).clamp(-2,2)).logsumexp(-1).sum()-z[torch.arange(24),torch.where(m,y,-3)].square().sum()),
+    "index of the largest from the end": ("x w", lambda x,w: (lambda z: z[torch.arange(24),z.argmax(-1)-37].square().sum())(L(x,w))),
     "unbind classes": ("x w", lambda x,w: (lambda z: z.logsumexp(-1).sum()+z.unbind(1)[3].sum())(L(x,w))),
     "unbind groups of classes": ("x wh y8", lambda x,w,y: sum(CE(z,y%4) for z in L(x,w).view(24,2,4).unbind(1))),
     "unbind groups in front of rows": ("x3 w w2 y3", lambda x,w,v,y: sum(CE(z.flatten(0,1),y.flatten()) for z in torch.stack([L(x,w),L(x,v)]).unbind(0))),

@@ -144,8 +144,8 @@ class _Numbers:
         return [pick[kind]() for kind in program.inputs]
 
     def _row(self, what: Any) -> Tensor:
-        node, tags, _, expanded = what
-        key = ("rows", same_rows(node))
+        node, tags, _, expanded, classes = what
+        key = _key(node, classes)
         value = node.meta["val"]
         locals_ = [size_hint(s) for s, t in zip(expanded or value.shape, tags) if t != ROW]
         if any(t == LOCAL for t in tags):  # x, for dW: no value of it is read by the program
@@ -180,8 +180,8 @@ class _Numbers:
         return self.z.shape[1] if self.match.cut is None else self.match.cut[1] - self.match.cut[0]
 
     def target(self, column: int) -> Tensor:
-        node = self.match.targets[column][0]
-        return self._new(("rows", same_rows(node)), [_ROWS], node.meta["val"])
+        what = self.match.targets[column]
+        return self._new(_key(what.node, what.classes), [_ROWS], what.node.meta["val"])
 
     def row(self, p: Poly) -> Tensor:
         total = torch.zeros(_ROWS, dtype=torch.float64)
@@ -259,3 +259,8 @@ _CALLS = {
 }
 
 __all__ = ["Elem", "check"]
+
+
+def _key(node: Any, classes: Any) -> tuple[Any, ...]:
+    """Of the values of rows; indices that count from the end are others than the same that don't."""
+    return ("rows", same_rows(node), *(() if classes is None else (classes,)))

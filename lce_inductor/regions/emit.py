@@ -10,20 +10,19 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import is_given, size_hint
-from ..spec.program import Program, Ref, Result, Rows, Step, Sym, mapped, name_of, refs_in
-from .facts import VIEWS, Crossing, at, bound, filled_with, moved_dims, operand_tags, stacked
+from ..spec.program import Program, Ref, Result, Step, mapped, name_of, refs_in
+from .facts import VIEWS, Crossing, at, bound, filled_with, operand_tags, stacked
 from .labels import Labels
 from .spaces import Space, reached
+from .steps import Steps
 from .tags import (
     LOCAL,
     ONE,
     ROW,
-    aligned,
     is_one,
     local_sizes,
     position,
     shape_of,
-    size,
     tags_of_broadcast,
     through_view,
 )
@@ -32,25 +31,20 @@ aten = torch.ops.aten
 
 # How far back the making of an input is looked at, to find values of the size of the logits in it.
 _FAR = 64
-_DROPPED = ("memory_format", "layout", "pin_memory", "device", "non_blocking", "requires_grad")
 
 
-class Emitter:
+class Emitter(Steps):
     """Builds the program of one set of rows.
 
     stop: says of a narrow labelled node whether it is an input; called with the node.
     """
 
     def __init__(self, labels: Labels, space: Space, stop: Callable[[Node], bool]) -> None:
+        super().__init__()
         self.labels, self.space, self.stop = labels, space.find(), stop
-        self.kinds: list[str] = []
-        self.given: dict[str, list[Any]] = {"logits": [], "rows": [], "whole": []}
-        self.sizes: list[Any] = []
         self.matrices: list[Node] = []
-        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.results: list[Result] = []
         self.of: dict[Any, Any] = {}
-        self._inputs: dict[Any, Any] = {}
         self._reaches: dict[Any, bool] = {}
 
     # -- what comes out
@@ -283,7 +277,10 @@ class Emitter:
                 wanted[i] = (arg, tags_of_broadcast(here, found.operands[i][1], tags))
                 refs.append(self._broadcast(node, arg, found, i, tags, wanted[i][1], home))
             else:
-                refs.append(self.value(arg, here, self._home(arg, home)))
+                ref = self.value(arg, here, self._home(arg, home))
+                if found.kind in ("pick", "put") and i == 1 and ref is not None:
+                    ref = self._wrapped(ref, (shape_of(wanted[0][0]) or ())[1])
+                refs.append(ref)
         if any(r is None for r in refs):
             return self._with_zeros(node, wanted, refs)
         if found.kind == "stack":
@@ -350,149 +347,6 @@ class Emitter:
         alpha = node.kwargs.get("alpha", 1)
         factor = 1 if refs[0] is not None else alpha if node.target is aten.add.Tensor else -alpha  # type: ignore[operator]
         return ref if factor == 1 else self._step(aten.mul.Tensor, (ref, factor), {})
-
-    def _op(self, node: Node, found: Any, wanted: list[tuple[Node, str]], refs: list[Any], tags: str) -> Ref:
-        at_node = {}
-        plain = not found.dims
-        for (arg, here), ref in zip(wanted, refs):
-            if plain and ROW in here and len(here) < len(tags):  # broadcasting counts dimensions from the right
-                padded = aligned(here, len(tags))
-                sizes = [1] * (len(tags) - len(here)) + list(shape_of(arg) or ())
-                ref = self._reshaped(ref, padded, local_sizes(padded, tuple(sizes)))
-            elif plain and ROW not in here:  # rows are one dimension here, and the first
-                ahead = len(tags) - len(here)
-                kept = [s for d, s in enumerate(shape_of(arg) or ()) if tags[ahead + d] != ROW]
-                ref = self._reshaped(ref, here, kept) if len(kept) < len(here) else ref
-            at_node[arg] = ref
-        dims = moved_dims(found, node, wanted)
-        args = [dims.get(i, a) for i, a in enumerate(node.args)]
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in _DROPPED}
-        names = list(bound(node))
-        for i, value in dims.items():
-            if i >= len(args):
-                kwargs[names[i]] = value
-        target = node.target
-        if target in (aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default, aten.clone.default):
-            return refs[0]
-        if target is aten._to_copy.default:
-            target, kwargs = torch.ops.prims.convert_element_type.default, {}
-            args = [args[0], node.meta["val"].dtype]
-            if at_node[node.args[0]] is None:
-                raise Crossing("nothing to cast")
-        return self._step(
-            target, self._filled_in(args, at_node), {k: self._filled_in(v, at_node) for k, v in kwargs.items()}
-        )
-
-    def _filled_in(self, value: Any, at_node: dict[Node, Any]) -> Any:
-        if isinstance(value, Node):
-            if value in at_node:
-                return at_node[value]
-            known = value.meta.get("val")
-            if isinstance(known, (int, torch.SymInt)):
-                return self._size(size(known))
-            raise Crossing(f"{value} is neither a tensor nor a size")
-        if isinstance(value, (list, tuple)):
-            return tuple(self._filled_in(v, at_node) for v in value)
-        if isinstance(value, torch.device):
-            return None
-        return value
-
-    def _filled(self, node: Node, tags: str, fill: Any) -> Ref:
-        if isinstance(fill, Node):
-            raise Crossing("a tensor filled with a size")
-        sizes = ([Rows()] if ROW in tags else []) + [self._size(s) for s in local_sizes(tags, shape_of(node) or ())]
-        return self._step(aten.full.default, (sizes, fill), {"dtype": node.meta["val"].dtype})
-
-    def _local_view(self, ref: Ref, before: str, old: Any, after: str, new: Any) -> Ref:
-        p, q = local_sizes(before, old or ()), local_sizes(after, new or ())
-        return ref if p == q else self._reshaped(ref, after, q)
-
-    def _reshaped(self, ref: Ref, tags: str, sizes: list[Any]) -> Ref:
-        rows = [Rows()] if ROW in tags else []
-        return self._step(aten.reshape.default, (ref, [*rows, *(self._size(s) for s in sizes)]), {})
-
-    def _permuted(self, node: Node, ref: Any, before: str) -> Any:
-        from .spaces import permutation
-
-        order = [d for d in permutation(node, len(before)) if before[d] != ROW]
-        if ref is None or order == sorted(order):
-            return ref
-        here = [position(before, d) for d in order]
-        return self._step(aten.permute.default, (ref, [*([0] if ROW in before else []), *here]), {})
-
-    def _expanded(self, node: Node, ref: Ref, before: str, after: str) -> Ref:
-        old, new = shape_of(node.args[0]) or (), shape_of(node) or ()
-        p, q = local_sizes(aligned(before, len(after)), (1,) * (len(new) - len(old)) + old), local_sizes(after, new)
-        if ROW in before and len(before) < len(after):
-            ref = self._reshaped(ref, aligned(before, len(after)), p)
-        if p == q and (ROW in before) == (ROW in after):
-            return ref
-        rows = [Rows()] if ROW in after else []
-        return self._step(aten.expand.default, (ref, [*rows, *(self._size(s) for s in q)]), {})
-
-    def _put(self, node: Node, refs: list[Any]) -> Ref:
-        """index_put(z, [0 1 2 ..., y], values): one position in each row."""
-        base, y, values = refs
-        column = self._step(aten.unsqueeze.default, (y, 1), {})
-        dtype = node.meta["val"].dtype
-        if len(shape_of(node.args[2]) or ()) == 0:
-            values = self._step(aten.expand.default, (values, [Rows()]), {})
-        values = self._step(aten.unsqueeze.default, (values, 1), {})
-        values = self._step(torch.ops.prims.convert_element_type.default, (values, dtype), {})
-        adds = bool(bound(node)["accumulate"])
-        return self._step(aten.scatter_add.default if adds else aten.scatter.src, (base, 1, column, values), {})
-
-    def _indexed(self, node: Node) -> int:
-        return next(d for d, i in enumerate(node.args[1]) if i is not None)  # type: ignore[arg-type]
-
-    def _index(self, node: Node, refs: list[Any], wanted: list[tuple[Node, str]]) -> Ref:
-        dim, (_, i_tags) = self._indexed(node), wanted[1]
-        if ROW in i_tags and (ROW in wanted[0][1] or dim != 0):
-            raise Crossing("an index of its own for each row")
-        return self._step(aten.index.Tensor, (refs[0], [None] * position(wanted[0][1], dim) + [refs[1]]), {})
-
-    def _padded(self, node: Node, ref: Ref, tags: str) -> Ref:
-        m, amounts = len(tags), list(node.args[1])  # type: ignore[arg-type]
-        here: list[Any] = []
-        for d in reversed(range(m)):
-            pair = amounts[2 * (m - 1 - d) : 2 * (m - d)] or [0, 0]
-            if tags[d] != ROW:
-                here += [self._filled_in(p, {}) for p in pair]
-        return self._step(aten.constant_pad_nd.default, (ref, here, *node.args[2:]), {})
-
-    def _size(self, s: Any) -> Any:
-        if isinstance(s, int):
-            return s
-        if s not in self.sizes:
-            self.sizes.append(s)
-        return Sym(self.sizes.index(s))
-
-    def _local(self, tags: str, node: Node) -> tuple[Any, ...]:
-        return tuple(self._size(s) for s in local_sizes(tags, shape_of(node) or ()))
-
-    def _step(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Ref:
-        self.steps.append((op, tuple(args), kwargs))
-        return Ref(-len(self.steps))
-
-    # -- inputs
-
-    def _input(self, kind: str, node: Node, tags: str, home: Space, expanded: Any = None) -> Ref:
-        """expanded: sizes to which the node is broadcast first."""
-        if isinstance(node.meta.get("val"), (tuple, list)):
-            raise Crossing("several tensors as one input")
-        key = (kind, node, tags, home.find(), expanded)
-        if key not in self._inputs:
-            self._inputs[key] = self._new_input(kind, (node, tags, home, expanded))
-        return self._inputs[key]
-
-    def _new_input(self, kind: str, what: Any) -> Ref:
-        self.kinds.append(kind)
-        self.given[kind].append(what)
-        return Ref(len(self.kinds) - 1)
-
-    def _index_of(self, ref: Ref) -> int:
-        """Which of the tensors of its kind an input is."""
-        return self.kinds[: ref.index].count(self.kinds[ref.index])
 
 
 def _unbound(node: Node) -> tuple[Node, int]:

@@ -299,12 +299,12 @@ class Matcher:
         return NotFused("a gradient of some of the classes") if self.cut and isinstance(result, Wide) else result
 
     def _row(self, what: Any) -> Any:
-        node, tags, _, expanded = what
+        node, tags, _, expanded, classes = what
         value, shape = node.meta["val"], expanded or shape_of(node) or ()
         if any(t == LOCAL for t in tags):
             return NotFused("several values for each row")
         if not value.dtype.is_floating_point and value.dtype != torch.bool:
-            key = same_rows(node)
+            key = same_rows(node), classes
             if key not in self.targets:
                 self.targets[key] = (len(self.targets), what)
             return Index(self.targets[key][0])

@@ -22,6 +22,7 @@ from .heads import Head, tangents_of
 from .labels import Labels
 from .region import Part, Region
 from .spaces import Move, Space, adjoint, apply
+from .steps import Given
 from .tags import ROW, local_sizes, product, shape_of
 
 aten = torch.ops.aten
@@ -143,9 +144,12 @@ def _naming_inputs(
     return writer.call(torch.ops.lce_inductor.once.default, value, inputs)
 
 
-def rows(writer: Writer, what: Any, space: Space, now: Callable[[Node], Node]) -> Node:
-    node, tags, home, expanded = what
+def rows(writer: Writer, what: Given, space: Space, now: Callable[[Node], Node]) -> Node:
+    node, tags, home, expanded, classes = what
     value = now(node)
+    if classes is not None:
+        last = writer.call(aten.add.Tensor, value, classes)
+        value = writer.call(aten.where.self, writer.call(aten.lt.Scalar, value, 0), last, value)
     shape = shape_of(node) or ()
     if expanded is not None:
         value = writer.call(aten.expand.default, value, list(expanded))

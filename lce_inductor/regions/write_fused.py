@@ -91,8 +91,7 @@ class _Stats:
         self.values: dict[Node, Node] = {}
 
     def _row(self, what: Any) -> Node:
-        node, tags, home, expanded = what
-        value = rows(self.writer, (node, tags, home, expanded), self.space, self._now)
+        value = rows(self.writer, what, self.space, self._now)
         return self.writer.call(aten.reshape.default, value, [self.space.find().count])
 
     def _now(self, node: Node) -> Any:
