@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lce_inductor.deferred import rules as deferred_rules
 from lce_inductor.deferred.tensor import DeferredLogits, defer_logits
-from lce_inductor.deferred.tensor import rules as deferred_rules
 
 # -- values
 
@@ -325,3 +325,20 @@ def test_collectives(one_process: None) -> None:
         for write in (dist.all_reduce, lambda t: dist.broadcast(t, 0), lambda t: dist.reduce(t, 0)):
             with pytest.raises(RuntimeError, match="write to a copy"):
                 write(z)
+
+
+def test_who_looks_for_memory_raises() -> None:
+    """Not a crash: there is no memory to share."""
+    z, *_ = pair()
+    module = torch.nn.Module()
+    module.register_buffer("logits", z.detach())
+    for share in (z.detach().share_memory_, module.share_memory):
+        with pytest.raises(RuntimeError, match="have no memory"):
+            share()
+    with pytest.raises(RuntimeError):
+        z.detach().apply_(lambda v: v)
+
+
+def test_a_logit_is_formatted() -> None:
+    z, expected, _ = pair()
+    assert f"{z[0, 0, 0]:.3f} {z.detach()[0, 1, 2]:.2e}" == f"{expected[0, 0, 0]:.3f} {expected[0, 1, 2]:.2e}"

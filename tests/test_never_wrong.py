@@ -294,3 +294,53 @@ def test_a_read_after_the_loss_across_a_graph_break():
 
     h, y = torch.randn(4, 33, 8, requires_grad=True), torch.randint(0, 1009, (4, 33))
     assert not (verdict := judge(step, [h, y], first=True)).failed, verdict
+
+
+def _mean(x, w, y, pick):
+    keep = y % 3 > 0
+    z = F.linear(x, w).log_softmax(-1)
+    return -(pick(z, torch.where(keep, y, -7)) * keep).sum()
+
+
+# Errors and crashes where torch.compile alone works.
+CRASHES = {
+    "an index from the end": lambda x, w, y: _mean(x, w, y, lambda z, i: z[torch.arange(24), i]),
+    "an index from the end, masked by where": lambda x, w, y: (
+        lambda z: torch.where(y > 9, z[torch.arange(24), y - 20], 0).sum()
+    )(F.linear(x, w)),
+    "an index from the end of its own head": lambda x, w, y: (
+        F.linear(x, w).logsumexp(-1).sum() - F.linear(x, w)[torch.arange(24), y - 37].sum()
+    ),
+    "a class of an unbind": lambda x, w, y: (lambda z: z.logsumexp(-1).sum() + z.unbind(1)[3].sum())(F.linear(x, w)),
+    "groups of an unbind": lambda x, w, y: sum(
+        F.cross_entropy(z, y % 12) for z in F.linear(x, w[:36]).view(24, 3, 12).unbind(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_as_torch_compile(name):
+    args = make_inputs(("x", "w", "y"), torch.float64)
+    assert not (verdict := judge(CRASHES[name], args)).failed, verdict
+    assert verdict.rewritten
+
+
+def test_an_index_out_of_bounds_from_the_end_raises():
+    x, w, y = make_inputs(("x", "w", "y"), torch.float64)
+    on, fn = _compiled(lambda x, w, i: F.linear(x, w).log_softmax(-1)[torch.arange(24), i].sum())
+    with on, cheap(), pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        fn(x, w, y - 38)
+
+
+@pytest.mark.parametrize(
+    "what", [lambda z: z[-1:], lambda z: z[..., :5], lambda z: z.argmax(-1)], ids=["row", "classes", "largest"]
+)
+def test_logits_that_nobody_differentiates_behind_a_break(what):
+    """The next graph sends zeros back for what it returned."""
+
+    def step(x, w, y):
+        z = F.linear(x, w)
+        rows = F.cross_entropy(z, y, reduction="none")
+        return rows[y % 2 > 0].sum(), what(z)
+
+    assert not (verdict := judge(step, make_inputs(("x", "w", "y"), torch.float64), first=True)).failed, verdict

@@ -155,6 +155,24 @@ def test_rows_of_a_mask_are_rewritten(unbacked):
     check_reached(_masked, [MASKED], int(MASKED[-1].sum()) * V)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_rows_of_a_mask_with_code(reduction, unbacked):
+    """Inductor's own symbols for the number of rows are those that the user's node had."""
+
+    def fn(x3, w, y3, mask_rows3):
+        return F.cross_entropy(F.linear(x3, w)[mask_rows3], y3[mask_rows3], reduction=reduction)
+
+    with lce_inductor.installed(min_logits_bytes=0):
+        compiled = torch.compile(fn)
+        for mask in (MASKED[-1], ~MASKED[-1]):
+            ours, theirs = fresh([*MASKED[:3], mask]), fresh([*MASKED[:3], mask])
+            found, expected = compiled(*ours), fn(*theirs)
+            found.backward()
+            expected.backward()
+            torch.testing.assert_close([found, ours[0].grad, ours[1].grad], [expected, theirs[0].grad, theirs[1].grad])
+    assert counters["lce_inductor"]["rewritten"] == 1
+
+
 def _checkpointed(x, w, y):
     z = checkpoint(lambda x: F.linear(x, w), x, use_reentrant=False)
     return F.cross_entropy(z, y)

@@ -76,8 +76,9 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> None:
-        # DDP passes outputs that the loss does not use through a Function of its own, which hands None on.
-        if grad is not None:
+        # DDP passes outputs that the loss does not use through a Function of its own, which hands None on. Behind a
+        # graph break zeros come of values that nobody differentiates.
+        if grad is not None and bool(grad.any()):
             raise RuntimeError(
                 f"{_START}, and a gradient that reached them would be lost. Compute this part of the loss inside the "
                 f"compiled function, {_REMEDY}"
@@ -115,6 +116,8 @@ class DeferredLogits(Tensor):
         x = inner["x"]
         size, stride = like or ((*x.shape[:-1], inner["weight"].shape[0]), None)
         self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtypes[-1], device=x.device)
+        # Who looks for memory (share_memory_(), set_(), another tensor's .data) finds an exception, and not an address.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self.inner, self.spec = inner, spec
         names = [n for n in ("x", "weight", "bias") if n in inner]
         self._versions = versions or {n: _version(inner, n) for n in names}
@@ -245,6 +248,12 @@ class DeferredLogits(Tensor):
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return memo.setdefault(id(self), self._real())
+
+    def share_memory_(self) -> Any:
+        raise RuntimeError(f"{_START}, and have no memory: share logits.clone(), {_REMEDY}")
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def data_ptr(self) -> int:
         raise RuntimeError(f"{_START}, and have no memory: pass logits.clone(), {_REMEDY}")
