@@ -79,6 +79,10 @@ def main(kind: str = "", argv: list[str] | None = None) -> int:
     with concurrent.futures.ProcessPoolExecutor(options.processes, context, max_tasks_per_child=4) as pool:
         running = {pool.submit(batch, *job): job for job in jobs}
         for done in concurrent.futures.as_completed(running):
+            if time.time() > start + options.seconds:
+                pool.shutdown(wait=False, cancel_futures=True)
+            if done.cancelled():
+                continue
             kind, seed, *_ = running[done]
             counts, failures = done.result()
             total[kind] += counts
