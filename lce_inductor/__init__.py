@@ -9,7 +9,7 @@ model = torch.compile(model)
 from .config import Config
 from .explaining.explanation import Explanation, explain
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
-from .telling.history import Report, report
+from .reporting.history import Report, report
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .config import Config, make_config
-from .telling import watch
+from .reporting import watch
 
 _HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
 
@@ -148,7 +148,7 @@ def _passes(config: Config) -> dict[str, Any]:
 
 def _items(value: Any) -> list[Any]:
     """The passes in a hook's value, in order."""
-    from .chain import Chain
+    from .hook_chain import Chain
 
     if value is None:
         return []
@@ -159,7 +159,7 @@ def _items(value: Any) -> list[Any]:
 
 def _build(items: list[Any]) -> Any:
     """A hook's value for these passes: torch 2.13 takes lists, earlier versions one callable."""
-    from .chain import Chain, takes_lists
+    from .hook_chain import Chain, takes_lists
 
     if len(items) <= 1:
         return items[0] if items else None

@@ -18,8 +18,8 @@ from .defer import defer_returned
 from .graph.backup import Backup
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
+from .reporting import records, watch
 from .schedule import move, restrict
-from .telling import records, watch
 
 log = logging.getLogger("lce_inductor")
 

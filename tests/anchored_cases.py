@@ -8,8 +8,8 @@ import gc
 import torch
 from rows_cases import SOFTCAP, Case, Planned, compare, error, make, whole
 
-from lce_inductor.lower import anchored
-from lce_inductor.spec.types import LSE, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
+from lce_inductor.lower import head_anchored as anchored
+from lce_inductor.spec.statistics import LSE, NO_TARGET, SUM, TARGET, HeadArgs, RowGrads, Stats
 
 BF16 = Case(N=37, H=40, V=131, dtype=torch.bfloat16, chunk_tokens=20)
 CE = ("lse", "target")

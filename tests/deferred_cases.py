@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lce_inductor.deferred.tensor import DeferredLogits, defer_logits
+from lce_inductor.deferred_logits.tensor import DeferredLogits, defer_logits
 
 B, T, H, V = 3, 5, 16, 103
 CAP = "div 3.0;tanh;mul 3.0"

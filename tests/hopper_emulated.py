@@ -19,7 +19,7 @@ from lce_inductor.spec.epilogue import Steps, apply_with_slope, flatten
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From here on anchored.py takes the kernels of sm_90; the list grows by the name of each launch that did something."""
+    """From here on head_anchored.py takes the kernels of sm_90; the list grows by the name of each launch that did something."""
     launched: list[str] = []
 
     def kernels(variants: tuple[hopper.Variant, ...], steps: Steps, device: int) -> hopper._Kernels:

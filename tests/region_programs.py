@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lce_inductor.ops.regions
-from lce_inductor.lower.arguments import Arguments
+import lce_inductor.ops.row_region
+from lce_inductor.lower.region_arguments import Arguments
 from lce_inductor.spec.program import Program, Ref, Result, Rows, Step, Sym
 
 
@@ -53,7 +53,7 @@ class Case:
         return torch.ops.lce_inductor.row_region(*self.call, chunk_tokens, workspace_bytes)
 
     def arguments(self, chunk_tokens: int = 0, workspace_bytes: int = 1 << 30) -> Arguments:
-        return lce_inductor.ops.regions._arguments(*self.call, chunk_tokens, workspace_bytes)
+        return lce_inductor.ops.row_region._arguments(*self.call, chunk_tokens, workspace_bytes)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """The results by autograd, in a dtype."""

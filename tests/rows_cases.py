@@ -1,4 +1,4 @@
-"""Cases for lower/cuda.py, checked against fp64: by the interpreter on the CPU, compiled on a GPU."""
+"""Cases for lower/head_cuda.py, checked against fp64: by the interpreter on the CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lce_inductor.lower import heads
+from lce_inductor.lower import head as heads
+from lce_inductor.lower.device_policy import POLICIES, ROWS, Policy, Products
 from lce_inductor.lower.plan import Device, Mask, Plan, decide
-from lce_inductor.lower.policy import POLICIES, ROWS, Policy, Products
 from lce_inductor.spec.epilogue import apply, parse
-from lce_inductor.spec.types import (
+from lce_inductor.spec.statistics import (
     ARGMAX,
     LSE,
     MAX,
@@ -66,7 +66,7 @@ SM_90 = TRITON._replace(hopper=True, clusters=3)  # as hopper_emulated.py is one
 
 
 class Planned:
-    """lower/heads.py on a device, by one algorithm whatever speaks against it, so that small sizes do."""
+    """lower/head.py on a device, by one algorithm whatever speaks against it, so that small sizes do."""
 
     def __init__(self, algorithm: str = ROWS, device: Device = TRITON, policy: Policy = POLICIES["cuda"]) -> None:
         self.algorithm, self.device, self.policy = algorithm, device, policy

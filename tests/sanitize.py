@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rows_cases
 from rows_cases import ALL, ALWAYS_OURS, GRADS, Case, Planned
 
+from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON, POLICIES
 from lce_inductor.lower.plan import capabilities
-from lce_inductor.lower.policy import ANCHORED, ANCHORED_TRITON, POLICIES
-from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
+from lce_inductor.spec.statistics import LSE, SUM, TARGET, RowGrads
 
 ROWS = [
     *(Case(N=13, H=33, V=V, K=2, bias=True, class_weight=True, grads=GRADS, dtype=d, chunk_tokens=5)

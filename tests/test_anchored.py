@@ -20,8 +20,8 @@ if INTERPRETED or ON_GPU:
     import hopper_emulated
     from rows_cases import ALWAYS_OURS, SM_90, Planned
 
+    from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON
     from lce_inductor.lower.plan import capabilities
-    from lce_inductor.lower.policy import ANCHORED, ANCHORED_TRITON
 
     ENGINES = ["triton", "hopper"] if INTERPRETED else ["chosen"]
 

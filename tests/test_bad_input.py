@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lce_inductor
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
-from lce_inductor.spec.types import NO_TARGET
+from lce_inductor.spec.statistics import NO_TARGET
 
 Outcome = tuple[str, Any]
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lce_inductor.config import Config
+from lce_inductor.lower.device_policy import POLICIES
 from lce_inductor.lower.plan import anchored_peak_bytes, chunks, peak_bytes, policy_of, saves_little
-from lce_inductor.lower.policy import POLICIES
 
 GIB = 1 << 30
 

@@ -10,10 +10,12 @@ from rows_cases import ALL, GRADS, SOFTCAP, Case
 from test_ops import flat
 from torch import Tensor
 
-from lce_inductor.lower import counting, cpu, heads
+from lce_inductor.lower import head as heads
+from lce_inductor.lower import head_cpu as cpu
+from lce_inductor.lower import rows_that_count as counting
 from lce_inductor.lower.plan import planned
 from lce_inductor.spec.epilogue import unparse
-from lce_inductor.spec.types import LSE, TARGET, HeadArgs, RowGrads, computed
+from lce_inductor.spec.statistics import LSE, TARGET, HeadArgs, RowGrads, computed
 
 ops = torch.ops.lce_inductor
 MASK = (True, True, True)

@@ -1,4 +1,4 @@
-"""lower/cuda.py on a GPU, against fp64; nothing here measures time."""
+"""lower/head_cuda.py on a GPU, against fp64; nothing here measures time."""
 
 import dataclasses
 import subprocess
@@ -8,10 +8,10 @@ import pytest
 import rows_cases
 import torch
 
-from lce_inductor.lower import heads
+from lce_inductor.lower import head as heads
+from lce_inductor.lower.device_policy import ROWS
 from lce_inductor.lower.plan import planned
-from lce_inductor.lower.policy import ROWS
-from lce_inductor.spec.types import LSE, SUM, TARGET, RowGrads
+from lce_inductor.spec.statistics import LSE, SUM, TARGET, RowGrads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -107,8 +107,8 @@ def test_offsets_beyond_two_to_the_31():
 def test_target_out_of_bounds_is_a_device_assertion():
     script = """
 import torch
-from lce_inductor.lower import heads
-from lce_inductor.spec.types import HeadArgs
+from lce_inductor.lower import head as heads
+from lce_inductor.spec.statistics import HeadArgs
 x = torch.randn(4, 8, device="cuda"); w = torch.randn(9, 8, device="cuda")
 t = torch.tensor([[1], [2], [9], [0]], device="cuda")
 heads.forward(HeadArgs(x, w, None, t, None, (), 0, 1 << 30), 3)

@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 import lce_inductor
+from lce_inductor.lower.device_policy import POLICIES, Anchored
 from lce_inductor.lower.plan import using
-from lce_inductor.lower.policy import POLICIES, Anchored
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

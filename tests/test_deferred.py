@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lce_inductor.deferred import rules as deferred_rules
-from lce_inductor.deferred.tensor import DeferredLogits, defer_logits
+from lce_inductor.deferred_logits import rules as deferred_rules
+from lce_inductor.deferred_logits.tensor import DeferredLogits, defer_logits
 
 # -- values
 

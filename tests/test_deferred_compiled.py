@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lce_inductor
-from lce_inductor.deferred.tensor import DeferredLogits
+from lce_inductor.deferred_logits.tensor import DeferredLogits
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ SCRIPT = """
     import torch
     import lce_inductor
     from deferred_cases import Model, batch
-    from lce_inductor.deferred.tensor import DeferredLogits
+    from lce_inductor.deferred_logits.tensor import DeferredLogits
     from torch._dynamo.utils import counters
 
     lce_inductor.install(min_logits_bytes=0)

@@ -45,8 +45,9 @@ from torch.fx import Graph, GraphModule
 from turns import EVERYTHING
 
 import lce_inductor
-from lce_inductor import Config, chain, passes, regions
-from lce_inductor.regions.facts import RULES
+from lce_inductor import Config, passes, regions
+from lce_inductor import hook_chain as chain
+from lce_inductor.regions.aten_ops import RULES
 from lce_inductor.regions.fused import _STEPS
 
 
@@ -236,7 +237,13 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     args = fresh(head())
     alive = [weakref.ref(t) for t in args]
     fault = Fault(
-        at, "lower/cpu.py", "ops/regions.py", "spec/epilogue.py", "lower/plan.py", "lower", error=torch.OutOfMemoryError
+        at,
+        "lower/head_cpu.py",
+        "ops/row_region.py",
+        "spec/epilogue.py",
+        "lower/plan.py",
+        "lower",
+        error=torch.OutOfMemoryError,
     )
     found = None
     try:

@@ -18,9 +18,9 @@ from test_watch import warnings_of
 from torch._inductor import config as inductor
 
 import lce_inductor
-from lce_inductor.deferred.tensor import defer_logits
-from lce_inductor.telling import history
-from lce_inductor.telling.records import NOWHERE
+from lce_inductor.deferred_logits.tensor import defer_logits
+from lce_inductor.reporting import history
+from lce_inductor.reporting.records import NOWHERE
 
 N, H = 48, 16
 

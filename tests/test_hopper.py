@@ -17,7 +17,7 @@ from lce_inductor.spec.epilogue import parse
 triton = pytest.importorskip("triton")
 from lce_inductor.kernels import hopper, hopper_source  # noqa: E402
 from lce_inductor.lower import plan  # noqa: E402
-from lce_inductor.lower.policy import POLICIES  # noqa: E402
+from lce_inductor.lower.device_policy import POLICIES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC, which there is for NVIDIA's GPUs alone")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import lce_inductor
-from lce_inductor import chain
+from lce_inductor import hook_chain as chain
 from lce_inductor.passes import DeferPass, HeadsPass
 
 HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass")

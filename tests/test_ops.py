@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.spec.epilogue import unparse
-from lce_inductor.spec.types import (
+from lce_inductor.spec.statistics import (
     ARGMAX,
     GRADIENTS,
     LSE,

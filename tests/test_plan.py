@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lce_inductor.kernels import tuning
+from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, POLICIES, ROWS
 from lce_inductor.lower.plan import Device, Products, Request, capabilities, decide, planned, policy_of, using
-from lce_inductor.lower.policy import ANCHORED, ANCHORED_TRITON, BLOCKS, POLICIES, ROWS
-from lce_inductor.spec.types import LSE, MAX, NEG_ENTROPY, SUM, TARGET
+from lce_inductor.spec.statistics import LSE, MAX, NEG_ENTROPY, SUM, TARGET
 
 H100 = Device("cuda", triton=True, capability=(9, 0), hopper=True, clusters=66)
 TRAINING = Request(

@@ -10,7 +10,7 @@ import torch
 from harness import decided, head, joint_graph
 from torch.nn import functional as F
 
-from lce_inductor.lower.values import evaluate
+from lce_inductor.lower.region_values import evaluate
 from lce_inductor.spec.program import Program, Ref, Result, Rows, Step, Sym, name_of, parse, resolve
 
 aten = torch.ops.aten

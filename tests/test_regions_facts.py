@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lce_inductor.regions.facts import RULES, Crossing, bound, counts_rows, fact, moved_dims, operand_tags, result_tags
+from lce_inductor.regions.aten_ops import (
+    RULES,
+    Crossing,
+    bound,
+    counts_rows,
+    fact,
+    moved_dims,
+    operand_tags,
+    result_tags,
+)
 from lce_inductor.regions.spaces import forward_move
 from lce_inductor.regions.tags import LOCAL, ONE, ROW
 

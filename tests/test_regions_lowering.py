@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 from lce_inductor import Config
 from lce_inductor.bench import regions as bench
 from lce_inductor.bench.shapes import Shape
-from lce_inductor.lower import blocks, compiled, region_cpu, region_cuda
-from lce_inductor.lower import regions as lowering
+from lce_inductor.lower import region as lowering
+from lce_inductor.lower import region_blocks as blocks
+from lce_inductor.lower import region_compiled as compiled
+from lce_inductor.lower import region_cpu, region_cuda
+from lce_inductor.lower.device_policy import POLICIES
 from lce_inductor.lower.plan import using
-from lce_inductor.lower.policy import POLICIES
-from lce_inductor.lower.regions import prepare, run
-from lce_inductor.ops import regions
+from lce_inductor.lower.region import prepare, run
+from lce_inductor.ops import row_region as regions
 from lce_inductor.spec.program import Sym, parse
 
 N, H, V = 23, 6, 311

@@ -18,7 +18,7 @@ import lce_inductor
 from lce_inductor import Config, regions
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.reasons import REASONS
-from lce_inductor.telling import records as report
+from lce_inductor.reporting import records as report
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from harness import error
 from torch import Tensor
 
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
-from lce_inductor.spec.types import LSE, TARGET
+from lce_inductor.spec.statistics import LSE, TARGET
 
 ops = torch.ops.lce_inductor
 SIZES = [(4096, 32, 2000), (1024, 8, 2000), (640, 16, 5003), (700, 128, 1001), (96, 64, 257)]

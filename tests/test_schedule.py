@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
+from lce_inductor.lower.device_policy import POLICIES
 from lce_inductor.lower.plan import Request, planned, using
-from lce_inductor.lower.policy import POLICIES
 
 Fn = Callable[..., object]
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
 from lce_inductor import explain
-from lce_inductor.telling import history
-from lce_inductor.telling.records import NOWHERE
+from lce_inductor.reporting import history
+from lce_inductor.reporting.records import NOWHERE
 
 N, H = 48, 16
 

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 import lce_inductor  # noqa: E402
 from lce_inductor import deferred_rules  # noqa: E402
-from lce_inductor.deferred.tensor import DeferredLogits  # noqa: E402
+from lce_inductor.deferred_logits.tensor import DeferredLogits  # noqa: E402
 
 V, T, BATCH = 211, 12, 4
 

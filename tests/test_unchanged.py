@@ -16,9 +16,10 @@ from deferred_cases import real
 from torch import Tensor, nn
 
 import lce_inductor
-from lce_inductor.deferred import seals, steps
-from lce_inductor.deferred.seals import same, seal
-from lce_inductor.deferred.tensor import DeferredLogits, defer_logits
+from lce_inductor.deferred_logits import optimizer_steps as steps
+from lce_inductor.deferred_logits import seals
+from lce_inductor.deferred_logits.seals import same, seal
+from lce_inductor.deferred_logits.tensor import DeferredLogits, defer_logits
 
 N, H, V = 6, 16, 9000  # so many rows that a sample of the weight misses some
 STALE = r'changed since.*before optimizer\.step\(\).*returned_logits="keep"'
@@ -120,7 +121,7 @@ def test_a_step_is_noticed(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in optimizers() if "=" not in n or "fused" in n])
 def test_a_step_is_noticed_without_its_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the hooks and versions alone."""
-    monkeypatch.setattr("lce_inductor.deferred.tensor.same", lambda *_: True)
+    monkeypatch.setattr("lce_inductor.deferred_logits.tensor.same", lambda *_: True)
     module = head(bias=False)
     optimizer = make(name, module.parameters())
     one_row_of_gradients(module)
@@ -161,7 +162,7 @@ def test_only_the_bias_steps() -> None:
 
 @pytest.mark.parametrize("alias", ["view", "data", "flat"])
 def test_an_optimizer_that_holds_the_memory(alias: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lce_inductor.deferred.tensor.same", lambda *_: True)
+    monkeypatch.setattr("lce_inductor.deferred_logits.tensor.same", lambda *_: True)
     module = head(bias=False)
     if alias == "flat":  # one buffer of many parameters, of which they are views
         flat = nn.Parameter(torch.randn(V * H + 7))

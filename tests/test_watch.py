@@ -23,7 +23,7 @@ import lce_inductor
 from lce_inductor import explain
 from lce_inductor.config import Config
 from lce_inductor.reasons import REASONS
-from lce_inductor.telling import watch
+from lce_inductor.reporting import watch
 
 HERE = __file__
 

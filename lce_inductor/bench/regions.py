@@ -38,8 +38,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..config import Config, make_config
 from ..graph.write import sort
-from ..lower import compiled
-from ..ops import regions as _op  # noqa: F401  (defines the op; so does the next)
+from ..lower import region_compiled as compiled
+from ..ops import row_region as _op  # noqa: F401  (defines the op; so does the next)
 from ..ops import schema as _ops  # noqa: F401
 from ..regions.region import find
 from ..regions.write import write

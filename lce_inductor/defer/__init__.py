@@ -4,7 +4,7 @@ AOTAutograd would feed the backward a full-size tangent for them, so this can't 
 is decided. It looks at the joint graph of the end of the graph all the same: it traces that end alone.
 
     products.py  outputs that may be logits, and the last matrix products
-    tail.py      what depends on these; writes.py: in place, too
+    tail.py      what depends on these; in_place.py: in place, too
     trace.py     the joint graph of that
     value.py     what a returned value is, read off the traced graph
     write.py     defer_logits in its place

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph.values import info
-from ..regions.facts import Crossing
+from ..regions.aten_ops import Crossing
 from ..regions.labels import Labels
 from ..regions.region import Found, find
 from .products import large_outputs, last_products

@@ -11,8 +11,8 @@ from torch.autograd import grad_mode
 from torch.fx import Graph, Node
 
 from ..graph.values import info
+from .in_place import all_writes
 from .products import is_product
-from .writes import all_writes
 
 autocast_mode = torch.amp.autocast_mode
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 
-from ..regions.facts import at, bound
+from ..regions.aten_ops import at, bound
 from ..regions.labels import Labels
 from ..regions.tags import LOCAL, is_one, shape_of
 from ..spec.epilogue import unparse

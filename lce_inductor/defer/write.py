@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..deferred import tensor as deferred  # noqa: F401  (registers defer_logits)
+from ..deferred_logits import tensor as deferred  # noqa: F401  (registers defer_logits)
 from ..graph.values import Info, info, same
 from ..graph.write import Writer
-from ..regions.facts import bound
+from ..regions.aten_ops import bound
 from ..regions.heads import Head
 from ..regions.labels import Labels
 from ..regions.spaces import apply
 from ..regions.tags import LOCAL, same_size, shape_of, size
 from ..regions.write import behind_heads, path
+from .in_place import same_memory
 from .tail import SET_GRAD, NotDeferred, Tail
 from .trace import Joint, quietly, value_of
 from .value import _CASTS, _SAME, _TURNS, _VIEWS, FILLS, Value, constant
-from .writes import same_memory
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import install
 from ..config import Config, make_config
-from ..telling import table
-from ..telling.records import HeadRecord, attach, size_text
+from ..reporting import table
+from ..reporting.records import HeadRecord, attach, size_text
 from . import tracing
 from .joined import across
 from .tracing import GraphReport

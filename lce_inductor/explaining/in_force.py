@@ -8,7 +8,7 @@ import types
 from typing import Any, NamedTuple
 
 from ..config import Config
-from ..telling import watch
+from ..reporting import watch
 
 _LOOKED_AT = 5000  # objects, on the search for compiled parts
 

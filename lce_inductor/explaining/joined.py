@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..telling.records import HeadRecord
+from ..reporting.records import HeadRecord
 from .tracing import GraphReport, Session
 
 _DYNAMIC = "torch._dynamo.config.capture_dynamic_output_shape_ops = True"

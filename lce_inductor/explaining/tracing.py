@@ -12,7 +12,7 @@ from typing import Any
 from .. import install
 from ..config import Config
 from ..reasons import REASONS
-from ..telling.records import HeadRecord, collect
+from ..reporting.records import HeadRecord, collect
 from . import in_force
 
 _VAGUE = "step_unsupported"  # Dynamo's reason for a graph that ends before a call it could not trace through

@@ -1,4 +1,4 @@
-"""Triton kernels of the anchored softmax (see anchored.py for the idea and the order of launches).
+"""Triton kernels of the anchored softmax (see lower/head_anchored.py for the idea and the order of launches).
 
 One product of their own and a few small kernels. The product is persistent: each program takes tiles in turn, and
 the next tile's operands arrive while this one's exponentials are taken. Operands come through tensor descriptors,

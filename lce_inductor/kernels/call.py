@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec.epilogue import Steps
-from ..spec.types import RowGrads
+from ..spec.statistics import RowGrads
 
 
 class Call:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec.epilogue import Steps, flatten
-from ..spec.types import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
+from ..spec.statistics import ARGMAX, LSE, MAX, NEG_ENTROPY, SUM, TARGET, RowGrads, Stats
 
 
 class RowConfig(NamedTuple):

@@ -1,7 +1,7 @@
 """Layouts of the Triton kernels' products, found by measuring and shipped as data: nothing is searched at run time.
 
 One row per device kind and product: what the kernel multiplies, and up to which inner size the layout is best.
-NOTES.md has the measurements. A GPU that is not here has no anchored softmax; see lower/policy.py.
+NOTES.md has the measurements. A GPU that is not here has no anchored softmax; see lower/device_policy.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a head is computed: sizes, dtype, needs and a device in, a frozen plan out. policy.py has the thresholds.
+"""How a head is computed: sizes, dtype, needs and a device in, a frozen plan out. device_policy.py has the thresholds.
 
 One function, `decide`. The passes ask it before they rewrite and for what they tell; a call of an op asks it and hands
 the plan on to the implementation that it names. Tests and measurements pass a policy, a device or an algorithm in.
@@ -19,9 +19,9 @@ import torch
 from ..kernels import hopper, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
-from ..spec.types import LSE, SUM, TARGET
-from .policy import ANCHORED, ANCHORED_TRITON, BLOCKS, LEAST_SPLIT, POLICIES, ROWS, Chunks, Policy
-from .policy import Products as ProductPolicy
+from ..spec.statistics import LSE, SUM, TARGET
+from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, LEAST_SPLIT, POLICIES, ROWS, Chunks, Policy
+from .device_policy import Products as ProductPolicy
 
 log = logging.getLogger(__name__)
 

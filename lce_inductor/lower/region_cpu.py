@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import compiled
-from .steps import Chunk, Values, step_by_step, with_code
+from . import region_compiled as compiled
+from .region_steps import Chunk, Values, step_by_step, with_code
 from .sums import add_product
 
 # Elements of a block for each thread, 1 MiB in fp32, so that a few of them stay in a core's own cache; and at most.

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import compiled
+from . import region_compiled as compiled
 from .plan import Products, pieces, products_on, triton_is_installed
 from .products import input_gradient, weight_gradient
-from .steps import Chunk, Values, step_by_step, with_code
+from .region_steps import Chunk, Values, step_by_step, with_code
 
 # Elements of a block where there is no code: 64 MiB in fp32, enough to fill a GPU.
 _BLOCK = 1 << 24

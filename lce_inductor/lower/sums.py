@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .policy import WIDENED
+from .device_policy import WIDENED
 
 
 def add_product(dw: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:

@@ -8,9 +8,9 @@ Three ops on flat rows do the work of the fused kernels; the passes put them int
                          db in fp32, for a caller that has to multiply them once more
 
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
-target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats`
-is a mask of the bits in spec/types.py. needed: bool [N], rows whose statistics are read; those of others are finite
-and may be of no logits. None: all.
+target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats` is a mask of the bits in
+spec/statistics.py. needed: bool [N], rows whose statistics are read; those of others are finite and may be of no
+logits. None: all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..lower import heads
+from ..lower import head as heads
 from ..spec.epilogue import parse
-from ..spec.types import (
+from ..spec.statistics import (
     ARGMAX,
     BITS,
     GRADIENTS,
@@ -254,7 +254,7 @@ def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
 
 
 def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
-    """The value, and inputs that a backward has to save for it (see graph/second.py)."""
+    """The value, and inputs that a backward has to save for it (see graph/second_derivative.py)."""
     return value.clone()
 
 

@@ -17,11 +17,11 @@ from ..config import Config
 from ..graph.values import device_type, numel_hint, size_hint, source
 from ..graph.write import sort
 from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little
-from ..ops import regions as _ops  # noqa: F401  (registers the op)
+from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
 from ..schedule.request import request_of
 from ..spec.program import parse
-from .facts import Crossing
+from .aten_ops import Crossing
 from .fused import NotFused
 from .heads import factors, is_product
 from .labels import PRODUCTS, Labels

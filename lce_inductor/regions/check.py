@@ -14,7 +14,7 @@ from torch.fx import Graph
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph.values import size_hint
-from ..lower.values import evaluate
+from ..lower.region_values import evaluate
 from ..spec.epilogue import STEPS, apply, apply_with_slope
 from ..spec.program import Program, Step
 from .algebra import Poly

@@ -11,10 +11,10 @@ from torch.fx import Node
 
 from ..graph.values import is_given, size_hint
 from ..spec.program import Program, Ref, Result, Step, mapped, name_of, refs_in
-from .facts import VIEWS, Crossing, at, bound, filled_with, operand_tags, stacked
+from .aten_ops import VIEWS, Crossing, at, bound, filled_with, operand_tags, stacked
 from .labels import Labels
+from .program_steps import Steps
 from .spaces import Space, reached
-from .steps import Steps
 from .tags import (
     LOCAL,
     ONE,

@@ -8,7 +8,7 @@ import torch
 
 from . import algebra
 from .algebra import Poly
-from .facts import FMA
+from .aten_ops import FMA
 from .fused import (
     ONE,
     Class,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .facts import bound
+from .aten_ops import bound
 from .labels import PRODUCTS
 from .tags import is_one, shape_of
 

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.values import dependents, size_hint
-from .facts import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
+from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.values import numel_hint, size_hint
-from .facts import bound
+from .aten_ops import bound
 from .heads import factors, is_product
 from .labels import PRODUCTS
 from .tags import is_one

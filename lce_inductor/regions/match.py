@@ -10,11 +10,11 @@ from torch.fx import Node
 
 from ..graph.values import size_hint
 from ..spec.program import Program
-from ..spec.types import BITS, LSE, NEG_ENTROPY
+from ..spec.statistics import BITS, LSE, NEG_ENTROPY
 from . import algebra
 from .algebra import Poly
+from .aten_ops import Crossing
 from .emit import Emitter
-from .facts import Crossing
 from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
 from .labels import Labels, Sink

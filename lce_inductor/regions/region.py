@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from .aten_ops import Crossing
 from .emit import Emitter
-from .facts import Crossing
 from .heads import candidates, is_other_product, tangents_of
 from .labels import Labels, Problem, Sink
 from .spaces import Space, ancestors

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.write import rebind
-from .facts import at, bound
+from .aten_ops import at, bound
 from .tags import ROW, Size, product, same_size, shape_of
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .facts import FMA, Crossing
+from .aten_ops import FMA, Crossing
 from .labels import Labels, is_zero
 from .tags import is_one, shape_of
 

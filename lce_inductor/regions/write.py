@@ -15,14 +15,14 @@ import torch
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph import second
+from ..graph import second_derivative as second
 from ..graph.write import Writer
-from .facts import Crossing
+from .aten_ops import Crossing
 from .heads import Head, tangents_of
 from .labels import Labels
+from .program_steps import Given
 from .region import Part, Region
 from .spaces import Move, Space, adjoint, apply
-from .steps import Given
 from .tags import ROW, local_sizes, product, shape_of
 
 aten = torch.ops.aten
@@ -137,7 +137,7 @@ def two(writer: Writer, node: Node) -> Node:
 def _naming_inputs(
     writer: Writer, labels: Labels, what: Any, forward: bool, values: dict[Node, Node], value: Node
 ) -> Node:
-    """What a backward reads of the tangent names the inputs behind the head: see graph/second.py."""
+    """What a backward reads of the tangent names the inputs behind the head: see graph/second_derivative.py."""
     if forward or what[0] not in labels.on_tangent or not (inputs := second.inputs_of([*labels.sources, value])):
         return value
     second.register_lowering()

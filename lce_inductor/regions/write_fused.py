@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.write import Writer
 from ..spec.epilogue import unparse
-from ..spec.types import GRADIENTS, LSE, NO_TARGET, PLACES, stat_dtype
+from ..spec.statistics import GRADIENTS, LSE, NO_TARGET, PLACES, stat_dtype
 from .algebra import Poly
 from .heads import Head
 from .labels import Labels

@@ -9,7 +9,7 @@ from torch.fx import Node
 from ..graph.values import size_hint
 from ..lower.plan import Request
 from ..spec.epilogue import parse
-from ..spec.types import GRADIENTS, computed
+from ..spec.statistics import GRADIENTS, computed
 from .tangents import HEAD_ARGS, ROW_GRADIENTS
 
 

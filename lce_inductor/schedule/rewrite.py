@@ -11,10 +11,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..graph import second
+from ..graph import second_derivative as second
 from ..graph.write import Writer, can_size, fake_mode
 from ..lower.plan import planned
-from ..spec.types import STATISTICS, RowGrads
+from ..spec.statistics import STATISTICS, RowGrads
 from .needed import Literal, Needed, Where, sizes_of, unavailable
 from .request import request_of
 from .tangents import HEAD_ARGS, ROW_GRADIENTS, RowGradients
@@ -130,7 +130,7 @@ class _Formula:
 
 
 def _named(graph: Graph, point: Node, value: Node, sources: Iterable[Any]) -> Node:
-    """The value, which the backward has anyway, naming the inputs behind `sources` to it (see second.py)."""
+    """The value, which the backward has anyway, naming the inputs behind `sources` to it (see second_derivative.py)."""
     inputs = second.inputs_of(sources)
     if not inputs:
         return value

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from ..graph.values import dependents
 from ..ops.schema import ROW_STATS, ROW_STATS_BACKWARD
-from ..spec.types import GRADIENTS
+from ..spec.statistics import GRADIENTS
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -18,7 +18,7 @@ import torch
 
 _LONGEST = 1 << 20
 _OTHERS = ("getitem",)
-# Beside all pointwise ops. A fact in regions/facts.py says what each does with dimensions.
+# Beside all pointwise ops. A fact in regions/aten_ops.py says what each does with dimensions.
 _OPS = frozenset(
     """
     aten._log_softmax.default aten._log_softmax_backward_data.default aten._safe_softmax.default aten._softmax.default

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec.epilogue import apply, apply_with_slope
-from ..spec.types import (
+from ..spec.statistics import (
     ARGMAX,
     LSE,
     MAX,
@@ -28,8 +28,8 @@ from ..spec.types import (
     lse_dtype,
     stat_dtype,
 )
+from .device_policy import BLOCK
 from .plan import Mask, Plan
-from .policy import BLOCK
 from .sums import add_widened
 
 

@@ -4,7 +4,7 @@
 
 Shapes: N tokens, H hidden, V vocabulary, of each head its own. xs [N, H], weights [H, V], biases [V] for those heads
 that has_bias names; rows [N, ...], whole of any shape, matrices [V, H]. The results are the program's. See
-lower/arguments.py; the work is done in lower/.
+lower/region_arguments.py; the work is done in lower/.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lower.arguments import Arguments, check_devices
-from ..lower.regions import prepare as ahead
-from ..lower.regions import run
+from ..lower.region import prepare as ahead
+from ..lower.region import run
+from ..lower.region_arguments import Arguments, check_devices
 from ..spec.program import Sym, parse
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..spec.program import Program, parse, resolve
-from .values import Meta, fill, places, takes_device, used, wide
+from .region_values import Meta, fill, places, takes_device, used, wide
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -1,8 +1,8 @@
 """What tells deferred logits that the values of their head are no longer those of the call.
 
 Fused optimizers raise no version counter, and neither do writes through `.data` or through a numpy array of the same
-memory. So a call keeps sums of the values' bits (`seal`), and who reads the logits compares them (`same`); see steps.py
-for what is known without that.
+memory. So a call keeps sums of the values' bits (`seal`), and who reads the logits compares them (`same`); see
+optimizer_steps.py for what is known without that.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..spec.types import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed
-from .counting import counting, packed, packed_grads, unpacked, unpacked_stats
-from .cpu import check_target
+from ..spec.statistics import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed
+from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
+from .head_cpu import check_target
 from .plan import Mask, Plan, Request, planned
-from .policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
 from .products import aligned
+from .rows_that_count import counting, packed, packed_grads, unpacked, unpacked_stats
 
 log = logging.getLogger(__name__)
 
-_MODULES = {ANCHORED: "anchored", ANCHORED_TRITON: "anchored", ROWS: "cuda", BLOCKS: "cpu"}
+_MODULES = {ANCHORED: "head_anchored", ANCHORED_TRITON: "head_anchored", ROWS: "head_cuda", BLOCKS: "head_cpu"}
 
 
 def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | None = None) -> Stats:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..spec.epilogue import apply
-from ..spec.types import HeadArgs, RowGrads, Stats, stat_dtype
+from ..spec.statistics import HeadArgs, RowGrads, Stats, stat_dtype
 
 # A bound on logits below which sums over classes, and squares, don't overflow in fp32 either.
 _LARGE = 2.0**60

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import blocks, compiled
-from .compiled import Key
-from .values import wide
+from . import region_blocks as blocks
+from . import region_compiled as compiled
+from .region_compiled import Key
+from .region_values import wide
 
 
 class Chunk(NamedTuple):

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from ..spec.sizes import round_up
-from . import compiled, region_cpu, region_cuda
-from .arguments import Arguments, check
-from .compiled import Key
+from . import region_compiled as compiled
+from . import region_cpu, region_cuda
 from .plan import policy_of
 from .products import as_factor
-from .steps import Chunk, pieces
-from .values import Meta, meta, places, propagate, used, wide
+from .region_arguments import Arguments, check
+from .region_compiled import Key
+from .region_steps import Chunk, pieces
+from .region_values import Meta, meta, places, propagate, used, wide
 
 
 def run(a: Arguments) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..spec.program import Ref, Rows, Sym
-from .facts import Crossing, bound, moved_dims
+from .aten_ops import Crossing, bound, moved_dims
 from .spaces import Space
 from .tags import ROW, aligned, local_sizes, position, shape_of, size
 

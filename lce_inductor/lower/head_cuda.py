@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec.types import LSE, HeadArgs, RowGrads, Stats, computed, empty_stats, grad_dtype
+from ..spec.statistics import LSE, HeadArgs, RowGrads, Stats, computed, empty_stats, grad_dtype
 from .plan import Mask, Plan, Products, pieces
 from .products import as_factor, input_gradient, logits_with_lse, weight_gradient
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec.program import Program, Ref, Step, parse, resolve
-from .values import Meta, fill, owner, places, propagate, refs, settled, takes_device
+from .region_values import Meta, fill, owner, places, propagate, refs, settled, takes_device
 
 aten = torch.ops.aten
 prims = torch.ops.prims

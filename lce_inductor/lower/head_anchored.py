@@ -27,9 +27,9 @@ from torch import Tensor
 from ..kernels import anchored_triton, hopper
 from ..kernels.call import Call
 from ..spec.epilogue import affine_slope
-from ..spec.types import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
+from ..spec.statistics import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
+from .device_policy import ANCHORED
 from .plan import Mask, Plan
-from .policy import ANCHORED
 from .products import on_sectors, product, weight_gradient
 
 # Rows without a target look at this many classes for an anchor.

@@ -29,11 +29,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from ..reporting.history import deferred_read
 from ..spec.epilogue import apply, parse
-from ..telling.history import deferred_read
+from .optimizer_steps import Steps
 from .rules import View, answer, keeps_values
 from .seals import same, seal, traced
-from .steps import Steps
 
 # Between graph breaks Dynamo looks at every function that runs. What runs here when logits are read is not the user's
 # code, and it would trace half of it, with real tensors where it expects its own.
