@@ -108,6 +108,7 @@ BY_RULE: dict[str, Loss] = {
             "clamp by a tensor": lambda z: torch.clamp(z, max=z.detach().mean(-1, keepdim=True)),
             "constant_pad_nd": lambda z: F.pad(z, (1, 2)),
             "copy": lambda z: torch.zeros(24, V).copy_(z),
+            "empty": lambda z: torch.empty(24, V).copy_(z),
             "cummax": lambda z: z.cummax(-1).values,
             "cummin": lambda z: z.cummin(-1).values,
             "cumprod": lambda z: z.detach().cumprod(-1) * z,

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
 
 import lce_inductor  # noqa: E402
-from lce_inductor import deferred_rules  # noqa: E402
+from lce_inductor.deferred_logits import rules as deferred_rules  # noqa: E402
 from lce_inductor.deferred_logits.tensor import DeferredLogits  # noqa: E402
 
 V, T, BATCH = 211, 12, 4
