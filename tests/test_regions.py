@@ -62,7 +62,7 @@ def ways(name: str) -> list[Callable[[str], None]]:
 
 def cases() -> list[Any]:
     marks = [pytest.mark.xfail(strict=True, reason="a guard is added")]
-    found = [(n, w) for n in ALL for w in turns(n, ways(n))] + [(n, symbols) for n in GUARDED]
+    found = [(n, w) for n in ALL for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(GUARDED)]
     return [
         pytest.param(n, w, id=f"{n}-{w.__name__}", marks=marks if n in GUARDED and w is symbols else [])
         for n, w in dict.fromkeys(found)
