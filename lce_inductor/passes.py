@@ -16,10 +16,11 @@ from . import regions
 from .config import Config
 from .defer import defer_returned
 from .graph.backup import Backup
+from .graph.simplify import simplify, writes_to_slices
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
-from .schedule import move, restrict
+from .schedule import move
 
 log = logging.getLogger("lce_inductor")
 
@@ -95,23 +96,31 @@ class HeadsPass(_Pass):
     stage = "heads"
 
     def run(self, graph: Graph) -> None:
-        decision = regions.decide(graph, self.config)
-        if decision.chosen:
-            backup = Backup(graph)
-            try:
-                regions.apply(graph, decision, self.config)
-                where = move(graph, self.config)
-                if where:
-                    sort(graph)
-                restrict(graph)
-                regions.scheduled(decision, where)
-                graph.lint()
-                _count_gradients(decision, where)
-            except Exception:
+        backup = Backup(graph) if writes_to_slices(graph) else None
+        try:
+            simplified = backup is not None and simplify(graph)
+            decision = regions.decide(graph, self.config)
+            if decision.chosen:
+                backup = backup or Backup(graph)
+                self._rewrite(graph, decision)
+            elif simplified and backup is not None:
                 backup.restore()
-                raise
+        except Exception:
+            if backup is not None:
+                backup.restore()
+            raise
+        if decision.chosen:
             graph.eliminate_dead_code()  # there is no way back from it: the last step
         watch.saw(records.records_of(decision, self.config, set(graph.nodes)), self.config)
+
+    def _rewrite(self, graph: Graph, decision: regions.Decision) -> None:
+        regions.apply(graph, decision, self.config)
+        where = move(graph, self.config)
+        if where:
+            sort(graph)
+        regions.scheduled(decision, where)
+        graph.lint()
+        _count_gradients(decision, where)
 
 
 def _count_gradients(decision: regions.Decision, where: dict[Node, str]) -> None:

@@ -111,3 +111,15 @@ def dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]
         if counts and any(a in found for a in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def alive(graph: Graph) -> set[Node]:
+    """Nodes that the output, or an effect, depends on."""
+    todo = [n for n in graph.nodes if n.op == "output" or n.is_impure()]
+    found = set(todo)
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                todo.append(node)
+    return found

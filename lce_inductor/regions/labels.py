@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import dependents, size_hint
+from ..graph.values import alive, dependents, size_hint
 from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
@@ -78,7 +78,8 @@ class Labels:
     # -- heads
 
     def run(self, sources: list[Node]) -> None:
-        for node in self.graph.nodes:
+        living = alive(self.graph)
+        for node in filter(living.__contains__, self.graph.nodes):
             if node in sources:
                 self._source(node)
             elif node.op == "output":
