@@ -100,6 +100,8 @@ class HeadsPass(_Pass):
         try:
             simplified = backup is not None and simplify(graph)
             decision = regions.decide(graph, self.config)
+            if regions.ask_for_rows(decision, self.config):
+                decision = regions.decide(graph, self.config)
             if decision.chosen:
                 backup = backup or Backup(graph)
                 self._rewrite(graph, decision)

@@ -58,6 +58,11 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b))
 
 
+def has_hint(size: Any) -> bool:
+    """Is it known how large a size was when the graph was traced?"""
+    return isinstance(size, int) or bool(getattr(size.node, "has_hint", bool)())
+
+
 def size_hint(size: Any) -> int:
     """A size for policy only (is the rewrite worth it?), never for legality."""
     if isinstance(size, int):

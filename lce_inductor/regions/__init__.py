@@ -14,14 +14,14 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph.values import device_type, numel_hint, size_hint, source
+from ..graph.values import device_type, has_hint, numel_hint, same, size_hint, source
 from ..graph.write import sort
 from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little
 from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
 from ..schedule.request import request_of
 from ..spec.program import parse
-from .aten_ops import Crossing
+from .aten_ops import Crossing, at, bound, rank
 from .fused import NotFused
 from .heads import factors, is_product
 from .labels import PRODUCTS, Labels
@@ -135,6 +135,21 @@ def decide(graph: Graph, config: Config) -> Decision:
         heads[node].refusal = refuse(problem.code, problem.node, problem.why)
     strays = _describe(found, heads)
     return Decision(found, heads, _worthwhile(found, heads, config), strays)
+
+
+def ask_for_rows(decision: Decision, config: Config) -> bool:
+    """Where nothing but a guard is missing, that labels have as many rows as the logits, ask for it, as cross_entropy
+    does: gather() takes labels of fewer rows, and so Dynamo gives them a length of their own. Was any asked for?"""
+    asked = False
+    for node, problem in decision.found.problems.items():
+        if problem.code != "rows-differ" or decision.heads[node].logits_bytes < config.min_logits_bytes:
+            continue
+        a = bound(problem.node)
+        pairs = zip(a["self"].meta["val"].shape, a["index"].meta["val"].shape)
+        different = [(p, q) for d, (p, q) in enumerate(pairs) if d != at(a["dim"], rank(a["self"])) and not same(p, q)]
+        if different and all(has_hint(p) and has_hint(q) and size_hint(p) == size_hint(q) for p, q in different):
+            asked = all(bool(p == q) for p, q in different) or asked  # this is what adds the guard
+    return asked
 
 
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
@@ -292,4 +307,4 @@ def _programs(made: list[Node]) -> list[str]:
     return [a for n in made if n.target is region for a in n.args if isinstance(a, str)]
 
 
-__all__ = ["Decision", "Head", "Stray", "apply", "decide", "scheduled"]
+__all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "scheduled"]
