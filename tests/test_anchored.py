@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from turns import EVERYTHING
 
 triton = pytest.importorskip("triton")
 # Older interpreters hold scalars as arrays of one element, which NumPy 2.4 no longer takes as a loop's bound.
@@ -45,7 +46,8 @@ if INTERPRETED or ON_GPU:
     FACTOR = 2.5 if INTERPRETED else 1.25
 
     # What hopper.py launches is computed by the same Triton kernels, but for the products: a quarter of the cases does.
-    RUNS = [(e, c) for e in ENGINES for c in (cases.CASES[::4] if e == "hopper" else cases.CASES)]
+    EACH = {"hopper": 4, "triton": 1 if EVERYTHING else 2, "chosen": 1}
+    RUNS = [(e, c) for e in ENGINES for c in cases.CASES[:: EACH[e]]]
 
     @pytest.mark.parametrize(
         "engine, case",

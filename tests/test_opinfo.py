@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils._pytree import tree_map_only
+from turns import EVERYTHING
 
 Fn = Callable[..., Tensor]
 
@@ -84,7 +85,9 @@ def expected(args: list[Any]) -> bool:
     return rows > 1 and args[1].dim() == 2 and args[1].shape[0] > 1 and not args[2].is_floating_point()
 
 
-@pytest.mark.parametrize("dtype, step", [(torch.float64, 1), (torch.bfloat16, 4), (torch.float32, 8)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, step", [(torch.float64, 1 if EVERYTHING else 2), (torch.bfloat16, 4), (torch.float32, 8)], ids=str
+)
 @pytest.mark.parametrize("name", INFOS)
 def test_samples(name, dtype, step, installed):
     """Eager's numbers for each; a loss of indices is rewritten, one of probabilities may be."""

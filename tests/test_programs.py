@@ -24,7 +24,7 @@ from torch.fx import Graph
 import lce_inductor
 from lce_inductor.passes import DeferPass, HeadsPass
 
-QUICK = 80
+QUICK = 50
 
 
 @contextlib.contextmanager

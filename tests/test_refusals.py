@@ -47,6 +47,8 @@ def rows(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 CASES: dict[str, dict[str, Fn]] = {
     "escape": {
         "diagonal": lambda x, w, y: F.linear(x, w).log_softmax(-1).diagonal().sum(),
+    },
+    "foreign-product": {
         "a scaled product": lambda x, w, y: F.cross_entropy(torch.addmm(w[:, 0], x, w.T, beta=0.5, alpha=2), y),
         "a bias for each row": lambda x, w, y: F.cross_entropy(torch.addmm(x.detach()[:, :1], x, w.T), y),
     },

@@ -323,6 +323,8 @@ class Labels:
         return self._scattered(node, args)
 
     def _moved(self, node: Node, label: Label, target: Any, args: tuple[Any, ...], tags: str) -> Label:
+        if ROW not in tags:
+            raise Crossing("a single row of many")
         shape = shape_of(node) or ()
         whole = shape_of(node.args[0].args[0] if node.target is operator.getitem else node.args[0]) or ()  # type: ignore[union-attr]
         rows = row_sizes(label.tags, whole)
@@ -381,7 +383,7 @@ class Labels:
             if made is not None and move.same_as(*made, rows):
                 self.passes[node] = [source]  # type: ignore[list-item]
                 return Label(tags, move.before.find(), label.parts or (label.space.find(),))
-        if ROW in tags and self._touches_rows(node, tags, label):
+        if ROW in tags and node.target is aten.slice_scatter.default:
             raise Crossing("rows are put where they did not come from")
         return None
 
@@ -453,9 +455,6 @@ class Labels:
                 return aten.index_select.default, (given[0][0], tensors[0])
             return aten.index.Tensor, (given[0][0], move.args[1], tensors)
         return backward_move(node, tags)
-
-    def _touches_rows(self, node: Node, tags: str, label: Label) -> bool:
-        return node.target is aten.slice_scatter.default
 
 
 _LINEAR = {

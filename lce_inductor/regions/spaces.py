@@ -244,7 +244,7 @@ def apply(move: Move, call: Any, value: Node, locals_: list[Any]) -> Node:
     if move.target is aten.index.Tensor:
         first, _, tensors = move.args
         x = call(aten.index.Tensor, x, [None] * first + list(tensors))
-        if any(t.meta["val"].dtype in (torch.bool, torch.uint8) for t in tensors):
+        if isinstance(x, Node) and any(t.meta["val"].dtype in (torch.bool, torch.uint8) for t in tensors):
             rebind(x, [*move.rows_after, *locals_])
     elif move.target is aten.permute.default:
         order = move.args[0]
