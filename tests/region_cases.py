@@ -234,6 +234,7 @@ NO_HEAD: dict[str, Case] = {
 
 REFUSED: dict[str, dict[str, Case]] = {
     "crossing": {
+        "select one row": ("x w y", lambda x,w,y: CE(L(x,w)[3],y[3])),
         "max over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.max(), y))(L(x, w))),
         "amax over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.amax(), y))(L(x, w))),
         "norm over all": ("x w y", lambda x, w, y: (lambda z: CE(z / z.norm(), y))(L(x, w))),
@@ -285,13 +286,12 @@ REFUSED: dict[str, dict[str, Case]] = {
         "matvec of classes sym": ("x w y", lambda x,w,y: (w@x.t()).logsumexp(0).square().sum()),
         "classes and rows swapped, N<V": ("x w y", lambda x,w,y: (w@x.t()).log_softmax(0).gather(0,y[None]).sum()),
     },
-    "escape": {
+    "foreign-product": {
         "bias per row addmm": ("x w y row", lambda x,w,y,r: CE(torch.addmm(r[:,None],x,w.t()),y)),
-        "N==V index diag": ("xs w ysq", lambda x,w,y: L(x,w).log_softmax(-1).diagonal().sum()),
         "addmm scaled": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b,x,w.t(),beta=.5,alpha=2),y)),
     },
-    "product": {
-        "select one row": ("x w y", lambda x,w,y: CE(L(x,w)[3],y[3])),
+    "escape": {
+        "N==V index diag": ("xs w ysq", lambda x,w,y: L(x,w).log_softmax(-1).diagonal().sum()),
     },
     "returned": {
         "row value expanded": ("xt1 w row3", lambda x,w,r: (L(x,w).logsumexp(-1)*r).square().sum()),

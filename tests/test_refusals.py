@@ -59,13 +59,13 @@ CASES: dict[str, dict[str, Fn]] = {
         "neighbours": lambda x, w, y: (lambda z: (z[1:] - z[:-1]).logsumexp(-1).sum())(F.linear(x, w)),
         "labels of the next row": lambda x, w, y: (lambda z: F.cross_entropy(z[:-1], z[1:].argmax(-1)))(F.linear(x, w)),
         "each row meets all": lambda x, w, y: (lambda z: (z[:, None] - z[None]).logsumexp(-1).sum())(F.linear(x, w)),
+        "one row": lambda x, w, y: F.cross_entropy(F.linear(x, w)[3], y[3]),
         "sorted rows": lambda x, w, y: F.cross_entropy(F.linear(x, w).sort(0).values, y),
         "mixed by a view": lambda x, w, y: F.linear(x, w[:36]).view(8, -1).logsumexp(-1).sum(),
         "class weights of all rows": lambda x, w, y: (
             lambda z: F.cross_entropy(z, y, z.detach().softmax(-1).mean(0))
         )(F.linear(x, w)),
     },
-    "product": {"one row": lambda x, w, y: F.cross_entropy(F.linear(x, w)[3], y[3])},
     "returned": {
         "logits": lambda x, w, y: (lambda z: (F.cross_entropy(z, y), z))(F.linear(x, w)),
         "probabilities": lambda x, w, y: (lambda z: (F.cross_entropy(z, y), z.softmax(-1)))(F.linear(x, w)),
@@ -188,7 +188,7 @@ EITHER: dict[str, dict[str, Fn]] = {
 
 # Codes that no function of plain tensors on one device can show; each has a test of its own below.
 ELSEWHERE = {
-    "foreign-product",
+    "product",
     "compiled-before",
     "random",
     "no-loss",
