@@ -220,9 +220,8 @@ def test_an_interrupt_propagates_and_the_next_compile_works(stage, at, installed
 
 @pytest.fixture
 def frozen() -> Iterator[None]:
-    """What is there already need not be looked at in each collection."""
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is there already need not be looked at in each collection
     yield
     gc.unfreeze()
 

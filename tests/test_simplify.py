@@ -41,6 +41,12 @@ OTHER = {
     "the same end in other words": lambda z: (z[:, :-1].mul_(2), _lse(z[:, :5]))[-1],
     "beyond the end": lambda z: (z[:, 2:99].mul_(2), _lse(z[:, 2:]))[-1],
     "filled": lambda z: (z[:, :2].fill_(0.5), _lse(z))[-1],
+    "a transposed value": lambda z: (
+        p := z[:, :4],
+        p.copy_(p.transpose(0, 1)[:, :4].contiguous().transpose(0, 1)),
+        _lse(p.flatten(0, 1)),
+    )[-1],
+    "an expanded value": lambda z: (p := z[:, :4], p.copy_(z[:, 5:].detach().tanh()), _lse(p.reshape(16, -1)))[-1],
     "one into another": lambda z: (z[:, :2].copy_(z[:, 2:4]), _lse(z[:, :2]) + _lse(z[:, 2:]))[-1],
 }
 ARGS = make_inputs(("x3", "w"), torch.float64)

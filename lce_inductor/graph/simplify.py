@@ -32,12 +32,12 @@ def simplify(graph: Graph) -> bool:
             continue
         if node.target in _READS:
             written = _origin(node.args[0])
-            if _same_place(written, node, _READS[node.target]) and _alike(written.args[1], node):
+            if _same_place(written, node, _READS[node.target]) and _stands_for(written.args[1], node):
                 node.replace_all_uses_with(written.args[1])
                 changed = True
         elif node.target is aten.copy.default:
             returned = any(user.op == "output" for user in node.users)  # its strides may count
-            if _alike(node, node.args[1]) and not returned:
+            if _stands_for(node.args[1], node) and not returned:
                 node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
                 changed = True
         elif node.target in _WRITES:
@@ -82,6 +82,17 @@ def _alike(a: Any, b: Any) -> bool:
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return False
     return left.dtype == right.dtype and left.dim() == right.dim() and all(map(same, left.shape, right.shape))
+
+
+def _stands_for(value: Any, node: Node) -> bool:
+    """Alike, and a view that is legal of the node is legal of the value: it has the same strides, or the plain ones."""
+    if not _alike(value, node):
+        return False
+    ours, theirs = value.meta["val"], node.meta["val"]
+    plain: list[Any] = [1]
+    for size in reversed(ours.shape[1:]):
+        plain.insert(0, plain[0] * size)
+    return any(all(map(same, ours.stride(), strides)) for strides in (theirs.stride(), plain))
 
 
 def _origin(node: Any) -> Any:
