@@ -10,18 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from harness import (
-    Compiled,
-    N,
-    V,
-    check_against_eager,
-    check_results,
-    error,
-    fresh,
-    head,
-    products,
-    results,
-)
+from harness import Compiled, N, V, check_against_eager, check_results, error, fresh, head, products, results
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
