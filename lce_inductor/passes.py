@@ -20,7 +20,7 @@ from .graph.simplify import simplify, writes_to_slices
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
-from .schedule import move
+from .schedule import move, restrict
 
 log = logging.getLogger("lce_inductor")
 
@@ -120,6 +120,7 @@ class HeadsPass(_Pass):
         where = move(graph, self.config)
         if where:
             sort(graph)
+        restrict(graph)
         regions.scheduled(decision, where)
         graph.lint()
         _count_gradients(decision, where)
