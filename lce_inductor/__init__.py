@@ -9,14 +9,17 @@ model = torch.compile(model)
 from .config import Config
 from .explaining.explanation import Explanation, explain
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
+from .pending.module import Deferred, defer
 from .reporting.history import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "Deferred",
     "Explanation",
     "Report",
     "current_config",
+    "defer",
     "explain",
     "inductor_options",
     "install",

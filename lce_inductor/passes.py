@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from . import regions
 from .config import Config
-from .defer import defer_returned
+from .deferral import defer_returned
 from .graph.backup import Backup
 from .graph.simplify import simplify, writes_to_slices
 from .graph.write import sort

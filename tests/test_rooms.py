@@ -12,7 +12,7 @@ import lce_inductor
 ROOT = Path(lce_inductor.__file__).parent
 # From the ground up: what stands in a room may import from its own and from those before it. design.md describes them.
 ROOMS = (
-    "config reasons spec kernels lower ops graph schedule regions reporting deferred_logits defer hook_chain passes install "
+    "config reasons spec kernels lower ops graph schedule regions reporting deferred_logits deferral hook_chain passes install pending "
     "explaining __init__ bench"
 ).split()
 LONGEST = 500

@@ -45,7 +45,7 @@ def _brief(record: HeadRecord) -> dict[str, Any]:
 class Reads:
     """Reads of deferred logits of one size, in rows and classes.
 
-    rows: how many they computed; products: that in products of the whole head.
+    rows: how many they computed; products: that in products of the whole head. pending: of a head under defer().
     """
 
     logits: tuple[int, int]
@@ -53,6 +53,7 @@ class Reads:
     rows: int = 0
     bytes: int = 0
     products: float = 0.0
+    pending: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,15 @@ def _name(graph: Compiled) -> str:
 def _told(reads: Reads) -> str:
     return (
         f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of "
-        f"the head, {size_text(reads.bytes)} computed "
-        "(install(returned_logits='keep') computes them once a call instead)"
+        f"the head, {size_text(reads.bytes)} computed ({_WITHOUT_READS[reads.pending]})"
     )
+
+
+# What a user can do instead, of logits that a compiled model returned and of those of a head under defer().
+_WITHOUT_READS = {
+    False: "install(returned_logits='keep') computes them once a call instead",
+    True: "torch.compile of the function that reads them does without",
+}
 
 
 class _History:
@@ -129,7 +136,7 @@ class _History:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.graphs: deque[Compiled] = deque(maxlen=_GRAPHS)
-        self.reads: OrderedDict[tuple[int, int], Reads] = OrderedDict()
+        self.reads: OrderedDict[tuple[int, int, bool], Reads] = OrderedDict()
         self.forgotten = self.rewritten = self.left_alone = self.saved_bytes = self.held_bytes = 0
 
     def add(self, graph: Compiled) -> None:
@@ -142,13 +149,14 @@ class _History:
                 self.saved_bytes += record.logits_bytes * record.saved
                 self.held_bytes += record.logits_bytes * (not record.saved)
 
-    def read(self, logits: tuple[int, int], rows: int, size: int) -> bool:
+    def read(self, logits: tuple[int, int], rows: int, size: int, pending: bool) -> bool:
         """Is it the first of these logits?"""
         with self.lock:
-            first = logits not in self.reads
+            key = (*logits, pending)
+            first = key not in self.reads
             if first and len(self.reads) == _SITES:
                 self.reads.popitem(last=False)
-            reads = self.reads.setdefault(logits, Reads(logits))
+            reads = self.reads.setdefault(key, Reads(logits, pending=pending))
             reads.count += 1
             reads.rows += rows
             reads.bytes += size
@@ -164,13 +172,13 @@ def graph_compiled(compile_id: str, records: list[HeadRecord], cached: bool) -> 
     _history.add(Compiled(compile_id, told, cached, threading.current_thread().name))
 
 
-def deferred_read(whole: int, rows: int, classes: int, itemsize: int) -> None:
-    """Some rows of deferred logits, of so many, are about to be computed."""
+def deferred_read(whole: int, rows: int, classes: int, itemsize: int, pending: bool = False) -> None:
+    """Some rows of deferred logits, of so many, are about to be computed. pending: of a head under defer()."""
     shape = int(whole), int(classes)
-    if _history.read(shape, int(rows), int(rows) * int(classes) * itemsize):
+    if _history.read(shape, int(rows), int(rows) * int(classes) * itemsize, pending):
         log.info(
             "deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
-            "install(returned_logits='keep') does without", list(shape),
+            "%s", list(shape), _WITHOUT_READS[pending],
         )  # fmt: skip
 
 

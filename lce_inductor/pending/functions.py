@@ -1,0 +1,268 @@
+"""What becomes of a function that is called with pending logits.
+
+It asks for what every tensor knows: answered. It takes rows of them, or puts them in another order: a linear layer
+works row by row, so that is done to x. It acts on each logit by itself, or takes a range of classes: a step, which
+waits. It is the loss itself: compiled. Anything else reads the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from ..deferred_logits.seals import traced
+from ..deferred_logits.tensor import DeferredLogits
+from ..deferred_logits.tensor import Spec as DeferredSpec
+from ..reporting.history import deferred_read
+from .logits import COPY, REMEDY, START, PendingLogits, is_functional, of_parts, parts, real
+from .loss import cross_entropy
+from .steps import Step
+
+T = torch.Tensor
+
+
+# -- steps, which wait
+
+
+def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, V: int | None = None) -> Tensor:
+    spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
+    size = z.shape if V is None else (*z.shape[:-1], V)
+    return of_parts(*parts(z), spec, size, z.memory if name == "classes" else None)
+
+
+def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:
+    if not dtype.is_floating_point:
+        return NotImplemented
+    return z if dtype == z.dtype else _wait(z, "to", dtype, dtype=dtype)
+
+
+def _to(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.pop("copy", False) or kwargs.pop("memory_format", torch.preserve_format) is not torch.preserve_format:
+        return NotImplemented
+    kwargs.pop("non_blocking", None)
+    if len(args) + len(kwargs) == 1 and isinstance(args[0] if args else kwargs.get("other"), Tensor):
+        other = args[0] if args else kwargs["other"]
+        return _cast(z, other.dtype) if other.device == z.device else NotImplemented
+    devices = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, str | torch.device | int)]
+    dtypes = [a for a in (*args, kwargs.pop("dtype", None)) if isinstance(a, torch.dtype)]
+    here = all(_device(d, z) == z.device for d in devices if not isinstance(d, bool))
+    return _cast(z, dtypes[0] if dtypes else z.dtype) if here and not kwargs else NotImplemented
+
+
+def _device(named: Any, z: PendingLogits) -> torch.device:
+    device = torch.device(named)
+    return z.device if device.type == z.device.type and device.index is None else device
+
+
+def _scale(name: str) -> Callable:
+    def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
+        return _wait(z, name, other) if type(other) in (int, float) and not kwargs else NotImplemented
+
+    return rule
+
+
+def _scale_in_place(name: str) -> Callable:
+    def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
+        if type(other) not in (int, float) or kwargs:
+            return NotImplemented
+        z.write(Step(name, (other,)))
+        return z
+
+    return rule
+
+
+# -- rows, which are x's
+
+
+def _of_rows(z: PendingLogits, select: Callable[[Tensor], Any]) -> Any:
+    """Logits of rows of x. `select` changes dimensions of rows and leaves the last one."""
+    x, weight, bias = parts(z)
+    found = select(x)
+
+    def one(x: Tensor) -> PendingLogits:
+        return of_parts(x, weight, bias, z.spec, (*x.shape[:-1], z.shape[-1]), z.memory)
+
+    return one(found) if isinstance(found, Tensor) else tuple(map(one, found))
+
+
+def _view(z: PendingLogits, *size: Any) -> Any:
+    size = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
+    if not size or not all(isinstance(s, int) for s in size) or not z.numel():
+        return NotImplemented
+    *rows, last = size
+    keeps = last == z.shape[-1] or (last == -1 and math.prod(rows) * z.shape[-1] == z.numel())
+    return _of_rows(z, lambda x: x.reshape([*rows, x.shape[-1]])) if keeps else NotImplemented
+
+
+def _rows(positions: tuple[int, ...], more: int = 0, default: int | None = None, func: Any = None) -> Callable:
+    """A function of x along dimensions of rows: those arguments, in a tensor of `more` dimensions more."""
+
+    def rule(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
+        given = [args[p] if p < len(args) else kwargs.get("dim", default) for p in positions]
+        ndim = z.dim() + more
+        if not all(type(d) is int and -ndim <= d < ndim and d % ndim != ndim - 1 for d in given):
+            return NotImplemented
+        return _of_rows(z, lambda x: func(x, *args, **kwargs))
+
+    return rule
+
+
+def _flatten(z: PendingLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
+    inside = -z.dim() <= end_dim < z.dim() and end_dim % z.dim() != z.dim() - 1
+    return _of_rows(z, lambda x: x.flatten(start_dim, end_dim)) if inside else NotImplemented
+
+
+def _permute(z: PendingLogits, *dims: Any) -> Any:
+    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
+    if len(dims) != z.dim() or not all(type(d) is int for d in dims) or dims[-1] not in (-1, z.dim() - 1):
+        return NotImplemented
+    return _of_rows(z, lambda x: x.permute(dims))
+
+
+def _index(z: PendingLogits, index: Any) -> Any:
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, list | bool | range | PendingLogits) for i in index):
+        return NotImplemented
+    used = sum(_dims_of(i) for i in index if i is not Ellipsis and i is not None)
+    if used > z.dim() or sum(i is Ellipsis for i in index) > 1:
+        return NotImplemented  # eager's error
+    classes = slice(None)
+    if used == z.dim() or (index and used and index[-1] is not Ellipsis and Ellipsis in _kinds(index)):
+        *rows, classes = index
+        if not isinstance(classes, slice) or classes.step not in (None, 1):
+            return NotImplemented
+        index = (*rows, slice(None))
+    found = z if all(_is_all(i) for i in index) else _of_rows(z, lambda x: x[index])
+    start, stop, _ = classes.indices(z.shape[-1])
+    if (start, stop) == (0, z.shape[-1]):
+        return found
+    return _wait(found, "classes", start, stop, V=max(stop - start, 0))
+
+
+def _kinds(index: tuple) -> list[Any]:
+    return [i for i in index if i is Ellipsis]
+
+
+def _dims_of(i: Any) -> int:
+    return i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
+
+
+def _is_all(i: Any) -> bool:
+    return i is Ellipsis or (isinstance(i, slice) and i == slice(None))
+
+
+def _contiguous(z: PendingLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    return z if memory_format is torch.contiguous_format else NotImplemented
+
+
+def _detach(z: PendingLogits) -> Any:
+    """Without a gradient these are the deferred logits that a compiled model returns: metrics are answered by rows."""
+    z.check()
+    if all(step.name == "to" for step in z.spec.steps):
+        dtypes = (z.spec.compute_dtype, *(step.args[0] for step in z.spec.steps))
+        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False))
+    return z.detached()
+
+
+def _named(*names: str) -> list[Any]:
+    """Functions and methods of these names, torch's own objects."""
+    return [found for n in names for home in (T, torch) if (found := getattr(home, n, None)) is not None]
+
+
+_RULES: dict[Any, Callable] = {
+    **dict.fromkeys(_named("view", "reshape"), lambda z, *a: _view(z, *a)),
+    **dict.fromkeys(_named("flatten"), _flatten),
+    **{f: _rows((0,), func=f) for f in _named("select", "narrow", "index_select", "squeeze")},
+    **{f: _rows((0,), more=1, func=f) for f in _named("unsqueeze")},
+    **{f: _rows((0,), default=0, func=f) for f in _named("unbind")},
+    **{f: _rows((1,), default=0, func=f) for f in _named("split", "chunk", "tensor_split", "split_with_sizes")},
+    **{f: _rows((0, 1), func=f) for f in _named("transpose", "swapaxes", "swapdims")},
+    **dict.fromkeys(_named("permute"), _permute),
+    T.__getitem__: _index,
+    **dict.fromkeys(_named("contiguous"), _contiguous),
+    **dict.fromkeys(_named("detach"), _detach),
+    T.float: lambda z: _cast(z, torch.float32),
+    T.double: lambda z: _cast(z, torch.float64),
+    T.half: lambda z: _cast(z, torch.float16),
+    T.bfloat16: lambda z: _cast(z, torch.bfloat16),
+    T.to: _to,
+    **dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), _scale("mul")),
+    **dict.fromkeys(_named("div", "divide", "true_divide", "__truediv__"), _scale("div")),
+    **dict.fromkeys(_named("mul_", "multiply_", "__imul__"), _scale_in_place("mul")),
+    **dict.fromkeys(_named("div_", "divide_", "true_divide_", "__itruediv__"), _scale_in_place("div")),
+    **dict.fromkeys(_named("tanh"), lambda z: _wait(z, "tanh")),
+    F.cross_entropy: cross_entropy,
+}
+
+# -- what every tensor knows
+
+_KNOWN = {
+    *_named(
+        "size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_contiguous", "storage_offset",
+        "get_device", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_signed", "is_pinned",
+        "is_same_size", "dim_order", "has_names", "requires_grad_", "register_hook", "backward", "_is_view",
+        "untyped_storage", "is_shared", "_is_zerotensor", "__len__", "__hash__", "_version", "_dimI", "_dimV",
+        "is_distributed", "register_post_accumulate_grad_hook",
+    ),
+    torch.autograd.backward, torch.autograd.grad,
+}  # fmt: skip
+_OTHER_TENSORS = {"T", "mT", "H", "mH", "real", "imag", "data"}
+
+
+def _asks(func: Any) -> bool:
+    if func in _KNOWN:
+        return True
+    attribute = getattr(func, "__self__", None)
+    return getattr(func, "__name__", "") == "__get__" and getattr(attribute, "__name__", "") not in _OTHER_TENSORS
+
+
+def call(func: Any, args: tuple, kwargs: dict) -> Any:
+    first = args[0] if args and isinstance(args[0], PendingLogits) else None
+    given = [a for a in tree_iter((args, kwargs)) if isinstance(a, PendingLogits)]
+    if _asks(func) or (func in (T.detach, torch.detach) and traced(given[0].inner["x"])):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in (T.retain_grad, T.share_memory_, T.data_ptr):
+        raise RuntimeError(f"{START}: they have no memory and no gradient of their own; {REMEDY}")
+    if traced(given[0].inner["x"]) and not is_functional(given[0]):
+        with torch._C.DisableTorchFunctionSubclass():  # Dynamo asks for shapes alone
+            return func(*args, **kwargs)
+    if not is_functional(given[0]) and first is not None and len(given) == 1:
+        rule = _RULES.get(func)
+        out = NotImplemented if rule is None else rule(first, *args[1:], **kwargs)
+        if out is not NotImplemented:
+            return out
+    _refuse_writes(func, first, kwargs)
+    return func(*_read(args), **_read(kwargs))
+
+
+def _read(values: Any) -> Any:
+    return tree_map_only(PendingLogits, _value, values)
+
+
+def _value(z: PendingLogits) -> Tensor:
+    """The logits themselves. AOTAutograd's graph gets one product of each, and what is written to it stays."""
+    if is_functional(z):
+        return real(z)
+    x = z.inner["x"]
+    rows = x.shape[:-1].numel()
+    deferred_read(rows, rows, z.inner["weight"].shape[0], z.spec.dtype.itemsize, pending=True)
+    return real(z)
+
+
+def _refuse_writes(func: Any, first: PendingLogits | None, kwargs: dict) -> None:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = in_place or name in _WRITES or (name == "__set__" and first is not None)
+    if (in_place and first is not None) or isinstance(kwargs.get("out"), PendingLogits):
+        raise RuntimeError(f"{START}, and {name} cannot write to them: {COPY}")
+
+
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__ifloordiv__"}

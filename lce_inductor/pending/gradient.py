@@ -1,0 +1,93 @@
+"""The gradient of pending logits: those of x, weight and bias, with the logits' shape outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class LogitsGradient(Tensor):
+    """Gradients of x, weight and bias (those that are wanted) that stand for one of logits of this shape and dtype.
+
+    Autograd adds two of them, copies them and hands them on. They have no values of the logits' size: hooks that look
+    for some raise an error.
+    """
+
+    inner: dict[str, Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: dict[str, Tensor], size: Any, dtype: torch.dtype) -> LogitsGradient:
+        device = next(iter(inner.values())).device
+        self = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
+        torch._C._set_throw_on_mutable_data_ptr(self)
+        self.inner = inner
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return list(self.inner), self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> LogitsGradient:
+        return LogitsGradient(inner, size, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__dict__.get("inner", ()):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.inner[name]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        first, *rest = args
+        if func in (aten.add.Tensor, aten.add_.Tensor) and all(isinstance(g, LogitsGradient) for g in args):
+            return _added(first, *rest)
+        if func in _EACH and isinstance(first, LogitsGradient) and not any(isinstance(a, Tensor) for a in rest):
+            inner = {n: func(t, *rest, **kwargs) for n, t in first.inner.items()}
+            return LogitsGradient(inner, first.shape, first.dtype)
+        raise RuntimeError(
+            f"{func} asks for values of the gradient of logits under lce_inductor.defer(), which does not exist: their "
+            "head gets those of its hidden states and weight. Hooks on the logits can't change or read it: "
+            "defer(...).remove(), or logits.clone() before"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LogitsGradient(size={tuple(self.shape)}, of={list(self.inner)})"
+
+
+# Linear in the gradient, so that it is the same of its parts.
+_EACH = {
+    aten.detach.default, aten.alias.default, aten.clone.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
+    aten.div.Scalar, aten.neg.default, aten.zeros_like.default,
+}  # fmt: skip
+
+
+def _added(a: LogitsGradient, b: LogitsGradient) -> LogitsGradient:
+    inner = {n: a.inner[n] + b.inner[n] if n in a.inner and n in b.inner else t for n, t in (b.inner | a.inner).items()}
+    return LogitsGradient(inner, a.shape, a.dtype)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "logits under lce_inductor.defer() can be differentiated once: for a second derivative take them back, "
+            "defer(...).remove()"
+        )
+
+
+def once(found: list[Tensor | None]) -> list[Tensor | None]:
+    """With create_graph: gradients, of which another derivative is an error and never none at all."""
+    given = [g for g in found if g is not None]
+    if not torch.is_grad_enabled() or not given:
+        return found
+    made = iter(_Once.apply(*(g.detach().requires_grad_() for g in given)))  # type: ignore[no-untyped-call]
+    return [None if g is None else next(made) for g in found]

@@ -1,0 +1,52 @@
+"""The forward of a head under defer(): its F.linear makes pending logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..install import current_config
+from .logits import PendingLogits, of_parts
+from .steps import Spec
+
+
+@torch.compiler.disable
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with _Linear():
+        return type(module).forward(module, *args, **kwargs)
+
+
+class _Linear(TorchFunctionMode):
+    """Makes pending logits of the F.linear inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            out = _pending(*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+
+def _pending(input: Any, weight: Any, bias: Any = None) -> PendingLogits | None:
+    given = [t for t in (input, weight, bias) if t is not None]
+    config = current_config()
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta for t in given)
+    if config is None or not plain or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
+        return None
+    if input.dim() < 2 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        return None  # eager's error, or a vector
+    if len({t.device for t in given}) > 1 or not all(t.is_floating_point() for t in given):
+        return None
+    cast = torch.is_autocast_enabled(input.device.type)
+    dtype = torch.get_autocast_dtype(input.device.type) if cast else input.dtype
+    if not cast and any(t.dtype != dtype for t in given):
+        return None
+    size = (*input.shape[:-1], weight.shape[0])
+    if torch.Size(size).numel() * dtype.itemsize < config.min_logits_bytes or not input.numel():
+        return None
+    return of_parts(input.to(dtype), weight, bias, Spec(dtype, dtype), size)

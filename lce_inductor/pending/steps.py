@@ -1,0 +1,51 @@
+"""What waits with pending logits: functions of each row by itself, which are applied once the product is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "to": lambda z, dtype: z.to(dtype),
+    "mul": torch.mul,
+    "div": torch.div,
+    "tanh": torch.tanh,
+    "classes": lambda z, start, stop: z[..., start:stop],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A key of STEPS, and the function's other arguments."""
+
+    name: str
+    args: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How the logits follow from x, weight and bias. Guards compare it; AOTAutograd's cache takes it into its key.
+
+    compute_dtype: of the linear layer. dtype: of the logits. steps: what acts on the layer's result, in order. needs:
+    which of x, weight and bias get a gradient.
+    """
+
+    compute_dtype: torch.dtype
+    dtype: torch.dtype
+    steps: tuple[Step, ...] = ()
+    needs: tuple[bool, bool, bool] = (False, False, False)
+
+
+def compute(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
+    """The logits: the product, and what waited for it."""
+    dtype = spec.compute_dtype
+    # The reader may be under autocast; the logits are those of the moment of the call.
+    with torch.autocast(x.device.type, enabled=False):
+        z = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        for step in spec.steps:
+            z = STEPS[step.name](z, *step.args)
+    return z
