@@ -31,10 +31,10 @@ T = torch.Tensor
 # -- steps, which wait
 
 
-def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, V: int | None = None) -> Tensor:
+def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> Tensor:
+    """size: of a view."""
     spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
-    size = z.shape if V is None else (*z.shape[:-1], V)
-    return of_parts(*parts(z), spec, size, z.memory if name == "classes" else None)
+    return of_parts(*parts(z), spec, size or z.shape, None if size is None else z.memory)
 
 
 def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:
@@ -120,42 +120,54 @@ def _flatten(z: PendingLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 
 def _permute(z: PendingLogits, *dims: Any) -> Any:
+    """Where the classes move, for a loss of [B, V, T], the product stays as it is and that waits."""
     dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
-    if len(dims) != z.dim() or not all(type(d) is int for d in dims) or dims[-1] not in (-1, z.dim() - 1):
+    if not all(type(d) is int for d in dims) or sorted(d % z.dim() for d in dims) != list(range(z.dim())):
         return NotImplemented
-    return _of_rows(z, lambda x: x.permute(dims))
+    dims = tuple(d % z.dim() for d in dims)
+    if dims[-1] == z.dim() - 1 and not z.spec.moved:
+        return _of_rows(z, lambda x: x.permute(dims))
+    return _wait(z, "permute", dims, size=tuple(z.shape[d] for d in dims))
+
+
+def _transpose(z: PendingLogits, dim0: int, dim1: int) -> Any:
+    if not all(type(d) is int and -z.dim() <= d < z.dim() for d in (dim0, dim1)):
+        return NotImplemented
+    dims = list(range(z.dim()))
+    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    return _permute(z, *dims)
 
 
 def _index(z: PendingLogits, index: Any) -> Any:
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, list | bool | range | PendingLogits) for i in index):
+    index = list(index) if isinstance(index, tuple) else [index]
+    known = slice, int, Tensor, type(None), type(Ellipsis)
+    if any(not isinstance(i, known) or isinstance(i, bool | PendingLogits) for i in index):
         return NotImplemented
-    used = sum(_dims_of(i) for i in index if i is not Ellipsis and i is not None)
-    if used > z.dim() or sum(i is Ellipsis for i in index) > 1:
+    used = sum(_dims_of(i) for i in index)
+    gaps = [n for n, i in enumerate(index) if i is Ellipsis] or [len(index)]
+    if used > z.dim() or len(gaps) > 1:
         return NotImplemented  # eager's error
-    classes = slice(None)
-    if used == z.dim() or (index and used and index[-1] is not Ellipsis and Ellipsis in _kinds(index)):
-        *rows, classes = index
-        if not isinstance(classes, slice) or classes.step not in (None, 1):
-            return NotImplemented
-        index = (*rows, slice(None))
-    found = z if all(_is_all(i) for i in index) else _of_rows(z, lambda x: x[index])
+    index[gaps[0] : gaps[0] + 1] = [slice(None)] * (z.dim() - used)
+    *rows, classes = index or [None]
+    # What is a tensor takes part in an index of several dimensions, and where its result stands is eager's to know.
+    if not isinstance(classes, slice) or classes.step not in (None, 1):
+        return NotImplemented
+    found = z if all(_is_all(i) for i in rows) else _of_rows(z, lambda x: x[(*rows, slice(None))])
     start, stop, _ = classes.indices(z.shape[-1])
     if (start, stop) == (0, z.shape[-1]):
         return found
-    return _wait(found, "classes", start, stop, V=max(stop - start, 0))
-
-
-def _kinds(index: tuple) -> list[Any]:
-    return [i for i in index if i is Ellipsis]
+    return _wait(found, "classes", start, stop, size=(*found.shape[:-1], max(stop - start, 0)))
 
 
 def _dims_of(i: Any) -> int:
+    """Dimensions that an entry of an index takes."""
+    if i is None or i is Ellipsis:
+        return 0
     return i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _is_all(i: Any) -> bool:
-    return i is Ellipsis or (isinstance(i, slice) and i == slice(None))
+    return isinstance(i, slice) and i == slice(None)
 
 
 def _contiguous(z: PendingLogits, memory_format: Any = torch.contiguous_format) -> Any:
@@ -176,16 +188,20 @@ def _named(*names: str) -> list[Any]:
     return [found for n in names for home in (T, torch) if (found := getattr(home, n, None)) is not None]
 
 
-_RULES: dict[Any, Callable] = {
+# Those of rows need the classes in the last dimension.
+_ROW_RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("view", "reshape"), lambda z, *a: _view(z, *a)),
     **dict.fromkeys(_named("flatten"), _flatten),
     **{f: _rows((0,), func=f) for f in _named("select", "narrow", "index_select", "squeeze")},
     **{f: _rows((0,), more=1, func=f) for f in _named("unsqueeze")},
     **{f: _rows((0,), default=0, func=f) for f in _named("unbind")},
     **{f: _rows((1,), default=0, func=f) for f in _named("split", "chunk", "tensor_split", "split_with_sizes")},
-    **{f: _rows((0, 1), func=f) for f in _named("transpose", "swapaxes", "swapdims")},
-    **dict.fromkeys(_named("permute"), _permute),
     T.__getitem__: _index,
+}
+
+_RULES: dict[Any, Callable] = {
+    **dict.fromkeys(_named("permute"), _permute),
+    **dict.fromkeys(_named("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(_named("contiguous"), _contiguous),
     **dict.fromkeys(_named("detach"), _detach),
     T.float: lambda z: _cast(z, torch.float32),
@@ -235,7 +251,7 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # Dynamo asks for shapes alone
             return func(*args, **kwargs)
     if not is_functional(given[0]) and first is not None and len(given) == 1:
-        rule = _RULES.get(func)
+        rule = _RULES.get(func) or (None if first.spec.moved else _ROW_RULES.get(func))
         out = NotImplemented if rule is None else rule(first, *args[1:], **kwargs)
         if out is not NotImplemented:
             return out

@@ -28,6 +28,8 @@ def cross_entropy(z: Tensor, *args: Any, **kwargs: Any) -> Any:
     _inside.now = True
     try:
         return _compiled()(z, *args, **kwargs)
+    except torch._dynamo.exc.TorchRuntimeError:  # bad input: the error is to be eager's
+        return NotImplemented
     finally:
         _inside.now = False
 

@@ -15,6 +15,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "div": torch.div,
     "tanh": torch.tanh,
     "classes": lambda z, start, stop: z[..., start:stop],
+    "permute": torch.permute,
 }
 
 
@@ -38,6 +39,11 @@ class Spec:
     dtype: torch.dtype
     steps: tuple[Step, ...] = ()
     needs: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def moved(self) -> bool:
+        """Are the classes no longer in the last dimension?"""
+        return any(step.name == "permute" for step in self.steps)
 
 
 def compute(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
