@@ -154,7 +154,7 @@ def test_an_exception_at_every_function_of_the_decision(fn):
 
 
 # The largest graphs take minutes.
-STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, by_row, returned], [by_row])
+STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, returned], [by_row])
 
 
 @pytest.mark.parametrize("fn, dynamic", [*((fn, False) for fn in STATIC), *((fn, True) for fn in DYNAMIC)])
@@ -259,8 +259,8 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
 @pytest.mark.parametrize("fn", [several_losses, by_row])
 @pytest.mark.parametrize("gradients", ["auto", "recompute"])
 def test_out_of_memory_inside_the_op(gradients, fn, frozen):
-    """At every third call that the implementation makes, in the forward and in the backward: torch's own exception,
-    nothing kept alive, and the next step has the same bits."""
+    """At one call in nine that the implementation makes (in three, with LCE_EVERYTHING=1), in the forward and in the
+    backward: torch's own exception, nothing kept alive, and the next step has the same bits."""
     with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=7, gradients=gradients):
         compiled = Compiled(fn)
         expected = results(compiled, fresh(head()))
@@ -271,8 +271,8 @@ def test_out_of_memory_inside_the_op(gradients, fn, frozen):
         if not raised:
             break
         counts.append(tensors())
-        at += 3
-    assert len(counts) > 5 and len(set(counts)) == 1
+        at += 3 if EVERYTHING else 9
+    assert at > 15 and len(set(counts)) == 1
     assert_same_bits(found, expected)
 
 

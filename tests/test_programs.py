@@ -24,7 +24,7 @@ from torch.fx import Graph
 import lce_inductor
 from lce_inductor.passes import DeferPass, HeadsPass
 
-QUICK = 50
+QUICK = 30
 
 
 @contextlib.contextmanager

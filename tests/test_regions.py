@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import check_graph, inference_graph, joint_graph, joint_of_make_fx
 from region_cases import KERNELS, NO_HEAD, REFUSED, REGION, Case, inputs
-from turns import turns
+from turns import one_of, turns
 
 TENSORS = inputs()
 REFUSALS = {f"{code}: {name}": case for code, found in REFUSED.items() for name, case in found.items()}
@@ -62,7 +62,7 @@ def ways(name: str) -> list[Callable[[str], None]]:
 
 def cases() -> list[Any]:
     marks = [pytest.mark.xfail(strict=True, reason="a guard is added")]
-    found = [(n, w) for n in ALL for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(GUARDED)]
+    found = [(n, w) for n in one_of(2, list(ALL)) for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(GUARDED)]
     return [
         pytest.param(n, w, id=f"{n}-{w.__name__}", marks=marks if n in GUARDED and w is symbols else [])
         for n, w in dict.fromkeys(found)
