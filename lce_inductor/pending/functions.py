@@ -21,7 +21,7 @@ from ..deferred_logits.seals import traced
 from ..deferred_logits.tensor import DeferredLogits
 from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
-from .logits import COPY, REMEDY, START, PendingLogits, is_functional, of_parts, parts, real
+from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, of_parts, parts, real
 from .loss import cross_entropy
 from .steps import Step
 
@@ -34,7 +34,7 @@ T = torch.Tensor
 def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> Tensor:
     """size: of a view."""
     spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
-    return of_parts(*parts(z), spec, size or z.shape, None if size is None else z.memory)
+    return of_parts(*parts(z), spec, size or z.shape, Memory(z.memory.head) if size is None else z.memory)
 
 
 def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,29 +11,33 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..install import current_config
-from .logits import PendingLogits, of_parts
+from .logits import Memory, PendingLogits, of_parts
 from .steps import Spec
 
 
 @torch.compiler.disable
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with _Linear():
+    with _Linear(module):
         return type(module).forward(module, *args, **kwargs)
 
 
 class _Linear(TorchFunctionMode):
     """Makes pending logits of the F.linear inside."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
-            out = _pending(*args, **kwargs)
+            out = _pending(self.module, *args, **kwargs)
             if out is not None:
                 return out
         return func(*args, **kwargs)
 
 
-def _pending(input: Any, weight: Any, bias: Any = None) -> PendingLogits | None:
+def _pending(module: nn.Module, input: Any, weight: Any, bias: Any = None) -> PendingLogits | None:
     given = [t for t in (input, weight, bias) if t is not None]
     config = current_config()
     plain = all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta for t in given)
@@ -49,4 +54,4 @@ def _pending(input: Any, weight: Any, bias: Any = None) -> PendingLogits | None:
     size = (*input.shape[:-1], weight.shape[0])
     if torch.Size(size).numel() * dtype.itemsize < config.min_logits_bytes or not input.numel():
         return None
-    return of_parts(input.to(dtype), weight, bias, Spec(dtype, dtype), size)
+    return of_parts(input.to(dtype), weight, bias, Spec(dtype, dtype), size, Memory(weakref.ref(module)))

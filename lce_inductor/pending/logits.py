@@ -13,6 +13,7 @@ Autograd sees two ordinary functions; hooks on the module and on its output run 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -34,9 +35,17 @@ aten = torch.ops.aten
 
 
 class Memory:
-    """What logits and their views would share: how often it was written to."""
+    """What logits and their views share: how often they were written to, and the module that they are of."""
 
-    writes = 0
+    def __init__(self, head: weakref.ref[torch.nn.Module] | None = None) -> None:
+        self.writes, self.head = 0, head
+
+    def restore(self) -> None:
+        """Have FSDP gather the weight again that it freed after the head's forward; its backward frees it."""
+        head = None if self.head is None else self.head()
+        unshard = getattr(head, "unshard", None)
+        if callable(unshard):
+            unshard()
 
 
 class PendingLogits(Tensor):
@@ -101,12 +110,14 @@ class PendingLogits(Tensor):
             return
         if self._writes != self.memory.writes:
             raise RuntimeError(f"{START}, and were scaled in place through another view of them: {COPY}")
+        if any(t.numel() and not t.untyped_storage().nbytes() for t in self.inner.values()):
+            self.memory.restore()
         for name, t in self.inner.items():
             version = None if t.is_inference() else t._version
             if t.numel() and not t.untyped_storage().nbytes():
                 raise RuntimeError(
-                    f"{START}; the memory of their {name} was freed since. Where FSDP frees it after the forward, use "
-                    "reshard_after_forward=False for the module that holds the head"
+                    f"{START}; the memory of their {name} was freed since. Where FSDP frees it after the forward, "
+                    "shard the head by itself, or the module that holds it with reshard_after_forward=False"
                 )
             if version != self._versions[name] or not self._steps[name].none():
                 what = "hidden states" if name == "x" else name
