@@ -7,7 +7,6 @@ mutations, opinfo, rows (all: each in turn). Processes run seeds of their own.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import importlib
 import itertools
 import multiprocessing
@@ -31,11 +30,15 @@ KINDS = {
 BATCH = 100
 
 
-def batch(kind: str, seed: int, count: int, until: float) -> tuple[Counter[str], list[tuple[str, str]]]:
+Job = tuple[str, int, int, float]
+
+
+def batch(job: Job) -> tuple[Job, Counter[str], list[tuple[str, str]]]:
     """Counts of verdicts, and the failures: what was wrong, and the program."""
     import torch
     from oracle import quiet
 
+    kind, seed, count, until = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     quiet()
@@ -49,7 +52,7 @@ def batch(kind: str, seed: int, count: int, until: float) -> tuple[Counter[str],
         counts["rewritten" if verdict.rewritten else "left"] += 1
         if verdict.failed:
             failures.append((f"{verdict.kind}: {verdict.detail}", str(program)))
-    return counts, failures
+    return job, counts, failures
 
 
 def _programs(kind: str, seed: int) -> Iterator[Any]:
@@ -67,24 +70,18 @@ def main(kind: str = "", argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     start, saved = time.time(), 0
     kinds = list(KINDS) if options.kind == "all" else [options.kind]
-    jobs = []
-    for k in kinds:
-        share = -(-options.programs // len(kinds))
-        jobs += [
-            (k, options.seed + i, min(BATCH, share - at), start + options.seconds)
-            for i, at in enumerate(range(0, share, BATCH))
-        ]
+    share = -(-options.programs // len(kinds))
+    # Kind by kind within a seed, so that a run that ends early has some of each.
+    jobs: list[Job] = [
+        (k, options.seed + i, min(BATCH, share - at), start + options.seconds)
+        for i, at in enumerate(range(0, share, BATCH))
+        for k in kinds
+    ]
     total: dict[str, Counter[str]] = {k: Counter() for k in kinds}
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.processes, context, max_tasks_per_child=4) as pool:
-        running = {pool.submit(batch, *job): job for job in jobs}
-        for done in concurrent.futures.as_completed(running):
-            if time.time() > start + options.seconds:
-                pool.shutdown(wait=False, cancel_futures=True)
-            if done.cancelled():
-                continue
-            kind, seed, *_ = running[done]
-            counts, failures = done.result()
+    # Not concurrent.futures: its max_tasks_per_child deadlocks in Python 3.11. A process is given up after some
+    # batches, since Dynamo keeps some of what it compiled.
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=4) as pool:
+        for (kind, seed, *_), counts, failures in pool.imap_unordered(batch, jobs):
             total[kind] += counts
             for what, source in failures:
                 saved += 1
