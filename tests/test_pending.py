@@ -174,6 +174,7 @@ def test_what_they_are(installed):
     for a, b in zip(found, expected):
         assert isinstance(a, PendingLogits)
         torch.testing.assert_close(a.clone(), b)
+    assert torch.equal(real.view_as(z), real) and isinstance(z.view_as(real), PendingLogits)
     assert lce_inductor.report().reads
 
 
@@ -271,6 +272,24 @@ def test_a_hook_that_scales(installed):
         z.register_hook(lambda g: g * 3)
         ce(z, y).backward()
     torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "module hook"])
+def test_functions_around_the_head(how, installed):
+    model, plain = pair()
+    ids, y = batch()
+    seen: list[Any] = []
+    for m, loss in ((model, torch.compile(ce)), (plain, ce)):
+        if how == "module hook":
+            m.head.register_full_backward_hook(lambda module, into, out: seen.append(out[0].shape))
+        h = m.body(m.embed(ids))
+        z = m.head(h) if how == "module hook" else checkpoint(m.head, h, use_reentrant=how == "reentrant")
+        assert isinstance(z, PendingLogits) == (m is model)
+        loss(z, y).backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert seen == ([z.shape] * 2 if how == "module hook" else [])
+    assert all(heads())
 
 
 def test_in_a_compiled_model(installed):

@@ -180,7 +180,7 @@ def _detach(z: PendingLogits) -> Any:
     if all(step.name == "to" for step in z.spec.steps):
         dtypes = (z.spec.compute_dtype, *(step.args[0] for step in z.spec.steps))
         return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False))
-    return z.detached()
+    return z.alias()
 
 
 def _named(*names: str) -> list[Any]:
@@ -217,6 +217,8 @@ _RULES: dict[Any, Callable] = {
     F.cross_entropy: cross_entropy,
 }
 
+_AS = {T.view_as: T.view, T.reshape_as: T.reshape}
+
 # -- what every tensor knows
 
 _KNOWN = {
@@ -240,8 +242,12 @@ def _asks(func: Any) -> bool:
 
 
 def call(func: Any, args: tuple, kwargs: dict) -> Any:
+    if func in _AS and len(args) == 2 and not kwargs:  # of the other tensor only the shape is read
+        func, args = _AS[func], (args[0], tuple(args[1].shape))
     first = args[0] if args and isinstance(args[0], PendingLogits) else None
     given = [a for a in tree_iter((args, kwargs)) if isinstance(a, PendingLogits)]
+    if not given:
+        return func(*args, **kwargs)
     if _asks(func) or (func in (T.detach, torch.detach) and traced(given[0].inner["x"])):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

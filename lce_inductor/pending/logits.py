@@ -138,8 +138,10 @@ class PendingLogits(Tensor):
         """Below autograd: what a compiler asks, and a custom autograd function's forward."""
         kwargs = kwargs or {}
         z = args[0] if args and isinstance(args[0], PendingLogits) else None
-        if z is not None and func in (aten.detach.default, aten.alias.default):
-            return z.detached(func)
+        # Autograd makes another tensor of one that a function returns as it is: a hook's, a checkpoint's.
+        same = func is aten.view.default and tuple(args[1]) == tuple(args[0].shape)
+        if z is not None and (same or func in (aten.detach.default, aten.alias.default)):
+            return z.alias()
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
         if any(isinstance(t, PendingLogits) for t in tree_iter(written)):
@@ -154,11 +156,10 @@ class PendingLogits(Tensor):
         self.memory.writes += 1
         self._writes = self.memory.writes
 
-    def detached(self, func: Any = Tensor.detach) -> PendingLogits:
-        """The same without a gradient."""
-        needs = self.spec.needs if traced(self.inner["x"]) else (False,) * 3
-        inner = {n: func(t) for n, t in self.inner.items()}
-        return PendingLogits(inner, dataclasses.replace(self.spec, needs=needs), self.shape, self.stride(), self.memory)
+    def alias(self) -> PendingLogits:
+        """The same, as another tensor, which autograd knows nothing of."""
+        inner = {n: t.detach() for n, t in self.inner.items()}
+        return PendingLogits(inner, self.spec, self.shape, self.stride(), self.memory)
 
     def _values(self) -> Tensor:
         self.check()
@@ -229,7 +230,9 @@ class _Split(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.names, ctx.shape, ctx.dtype = list(z.inner), z.shape, z.dtype
         found = tuple(t.detach() for t in z.inner.values())
-        ctx.mark_non_differentiable(*(t for t, needed in zip(found, z.spec.needs, strict=False) if not needed))
+        # Of a checkpoint that made them without gradients it is known later which are wanted.
+        needs = z.spec.needs if any(z.spec.needs) else (True,) * 3
+        ctx.mark_non_differentiable(*(t for n, t in zip(needs, found, strict=False) if not n))
         return found
 
     @staticmethod
