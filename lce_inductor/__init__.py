@@ -7,9 +7,9 @@ model = torch.compile(model)
 
 # Light on purpose: TORCH_LOGS="+lce_inductor" imports this package while torch itself is still being imported.
 from .config import Config
+from .deferred_heads.module import Deferred, defer
 from .explaining.explanation import Explanation, explain
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
-from .pending.module import Deferred, defer
 from .reporting.history import Report, report
 
 __version__ = "0.1.0"

@@ -14,12 +14,12 @@ from torch.fx import Graph, Node
 
 from . import regions
 from .config import Config
-from .deferral import defer_returned
 from .graph.backup import Backup
 from .graph.simplify import simplify, writes_to_slices
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
+from .returned_logits import defer_returned
 from .schedule import move, restrict
 
 log = logging.getLogger("lce_inductor")

@@ -20,11 +20,11 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-import lce_inductor.deferral.stage as stage
+import lce_inductor.returned_logits.stage as stage
 from lce_inductor import Config, regions
-from lce_inductor.deferral import defer_returned
 from lce_inductor.graph.write import sort
 from lce_inductor.passes import DeferPass
+from lce_inductor.returned_logits import defer_returned
 from lce_inductor.schedule import schedule
 
 Fn = Callable[..., Any]

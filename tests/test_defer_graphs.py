@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from harness import V, dynamo_graph, head, listing
 
 from lce_inductor import Config
-from lce_inductor.deferral import defer_returned
+from lce_inductor.returned_logits import defer_returned
 
 Fn = Callable[..., Any]
 

@@ -12,7 +12,7 @@ import lce_inductor
 ROOT = Path(lce_inductor.__file__).parent
 # From the ground up: what stands in a room may import from its own and from those before it. design.md describes them.
 ROOMS = (
-    "config reasons spec kernels lower ops graph schedule regions reporting deferred_logits deferral hook_chain passes install pending "
+    "config reasons spec kernels lower ops graph schedule regions reporting deferred_logits returned_logits hook_chain passes install deferred_heads "
     "explaining __init__ bench"
 ).split()
 LONGEST = 500

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
-from lce_inductor.pending.gradient import LogitsGradient
-from lce_inductor.pending.logits import PendingLogits
+from lce_inductor.deferred_heads.gradient import LogitsGradient
+from lce_inductor.deferred_heads.logits import PendingLogits
 from lce_inductor.reporting import history
 
 B, T, H, V = 2, 9, 16, 211

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lce_inductor
-from lce_inductor.pending.logits import PendingLogits
+from lce_inductor.deferred_heads.logits import PendingLogits
 
 H, V = 16, 211
 
