@@ -76,6 +76,7 @@ STEPS: dict[str, Step] = {
     "compiled and shifted": lambda z, y, c: c(shifted)(z, y),
     "helper": lambda z, y, c: c(log_probs)(z[:, :-1] / 0.7, y[:, 1:]),
     "temperature in place": lambda z, y, c: c(log_probs)(z.div_(0.7), y),
+    "class weights": lambda z, y, c: F.cross_entropy(z.flatten(0, 1), y.flatten(), torch.linspace(0.1, 2, V).to(z)),
     "entropy": lambda z, y, c: c(entropy)(z, y),
     "two losses": lambda z, y, c: c(ce)(z, y) + c(entropy)(z, y),
     "range of classes": lambda z, y, c: c(ce)(z[..., : V - 11], y % 200),
@@ -140,6 +141,21 @@ def test_every_length(name, installed):
     for t in (9, 5, 14, 9):
         check(STEPS[name], model, plain, *batch(t=t))
     assert 1 <= len(heads()) <= 2 and all(heads())
+
+
+def test_symbols_for_all_sizes(installed, caplog):
+    model, plain = pair()
+    summed = torch.compile(
+        lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].flatten(), reduction="sum"), dynamic=True
+    )
+    for t in (4, 6, 3):
+        check(
+            lambda z, y, c: summed(z, y) if c is torch.compile else summed._torchdynamo_orig_callable(z, y),
+            model,
+            plain,
+            *batch(t=t),
+        )
+    assert all(heads()) and "internal-error" not in caplog.text
 
 
 def test_nothing_of_their_size(installed):
@@ -358,6 +374,52 @@ def test_writes(installed):
         torch.compile(lambda z: z.div_(2).sum())(z)
 
 
+def test_writes_that_autograd_does_not_see(installed):
+    model, _ = pair()
+    z = model(batch()[0])
+    for write in (lambda: z.data.mul_(2), lambda: z.data.clamp_(-1, 1), lambda: z.data.__setitem__(0, 1.0)):
+        with pytest.raises(RuntimeError, match="cannot write to them"):
+            write()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(RuntimeError, match="under no_grad they can't be scaled in place"):
+            z.mul_(2)
+
+
+def test_backward_twice(installed):
+    model, plain = pair()
+    ids, y = batch()
+    for m in (model, plain):
+        z = m(ids)
+        a, b = ce(z, y), nn.CrossEntropyLoss(reduction="sum")(z.flatten(0, 1), y.flatten())
+        a.backward(retain_graph=True)
+        a.backward(retain_graph=True)
+        with torch.autograd.detect_anomaly():
+            b.backward()
+    torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+
+
+def test_many_kinds_of_loss(installed):
+    """None of them is the one at which Dynamo gives up."""
+    model, _ = pair()
+    ids, y = batch()
+    for n in range(10):
+        F.cross_entropy(model(ids).flatten(0, 1), y.flatten(), ignore_index=n)
+    assert len(heads()) == 10 and not lce_inductor.report().reads
+
+
+def test_a_parametrized_head(installed):
+    model, _ = pair()
+    weight_norm = nn.utils.parametrizations.weight_norm
+    plain = copy.deepcopy(model)
+    del plain.head.forward
+    ids, y = batch()
+    for m in (model, plain):
+        weight_norm(m.head)
+    lce_inductor.defer(model.head).remove()
+    lce_inductor.defer(model.head)
+    check(STEPS["compiled loss"], model, plain, ids, y)
+
+
 def test_a_second_derivative_is_an_error(installed):
     model, _ = pair()
     z = model(batch()[0])
@@ -365,6 +427,11 @@ def test_a_second_derivative_is_an_error(installed):
     assert g.requires_grad
     with pytest.raises(RuntimeError, match="differentiated once"):
         g.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(g.sum(), model.embed.weight, allow_unused=True)
+    h = torch.ones(1, H, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.functional.hessian(lambda h: model.head(h).square().sum(), h)
 
 
 # -- the module

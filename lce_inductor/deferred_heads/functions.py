@@ -72,6 +72,10 @@ def _scale_in_place(name: str) -> Callable:
     def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
         if type(other) not in (int, float) or kwargs:
             return NotImplemented
+        if z.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{START}: under no_grad they can't be scaled in place, which autograd would not see: {COPY}"
+            )
         z.write(Step(name, (other,)))
         return z
 
@@ -203,7 +207,7 @@ _RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("permute"), _permute),
     **dict.fromkeys(_named("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(_named("contiguous"), _contiguous),
-    **dict.fromkeys(_named("detach"), _detach),
+    **dict.fromkeys([*_named("detach"), T.data.__get__], _detach),  # type: ignore[attr-defined]
     T.float: lambda z: _cast(z, torch.float32),
     T.double: lambda z: _cast(z, torch.float64),
     T.half: lambda z: _cast(z, torch.float16),

@@ -49,10 +49,12 @@ class LogitsGradient(Tensor):
         if func in _EACH and isinstance(first, LogitsGradient) and not any(isinstance(a, Tensor) for a in rest):
             inner = {n: func(t, *rest, **kwargs) for n, t in first.inner.items()}
             return LogitsGradient(inner, first.shape, first.dtype)
+        if func is aten.isnan.default:  # detect_anomaly
+            return torch.stack([t.isnan().any() for t in first.inner.values()]).any()
         raise RuntimeError(
             f"{func} asks for values of the gradient of logits under lce_inductor.defer(), which does not exist: their "
-            "head gets those of its hidden states and weight. Hooks on the logits can't change or read it: "
-            "defer(...).remove(), or logits.clone() before"
+            "head gets those of its hidden states and weight. For hooks and functions that read or change it, "
+            "logits.clone() before them makes the logits real, or defer(...).remove()"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -73,8 +75,8 @@ def _added(a: LogitsGradient, b: LogitsGradient) -> LogitsGradient:
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -84,10 +86,11 @@ class _Once(torch.autograd.Function):
         )
 
 
-def once(found: list[Tensor | None]) -> list[Tensor | None]:
-    """With create_graph: gradients, of which another derivative is an error and never none at all."""
+def once(found: list[Tensor | None], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """With create_graph: gradients, of which another derivative, with respect to whatever the head's inputs come from,
+    is an error and never none at all."""
     given = [g for g in found if g is not None]
     if not torch.is_grad_enabled() or not given:
         return found
-    made = iter(_Once.apply(*(g.detach().requires_grad_() for g in given)))  # type: ignore[no-untyped-call]
+    made = iter(_Once.apply(len(given), *(g.detach().requires_grad_() for g in given), *inputs))  # type: ignore[no-untyped-call]
     return [None if g is None else next(made) for g in found]

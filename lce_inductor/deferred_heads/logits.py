@@ -28,7 +28,7 @@ from .steps import Spec, Step, compute
 
 START = "these logits are those of a head under lce_inductor.defer(), and not computed"
 REMEDY = "read them before, or logits.clone() makes them real"
-COPY = "write to a copy, as logits = logits / 2"
+COPY = "write to logits.clone()"
 PARTS = ("x", "weight", "bias")
 
 aten = torch.ops.aten
@@ -174,10 +174,11 @@ def of_parts(
     x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, size: Any, memory: Memory | None = None
 ) -> PendingLogits:
     """Logits of tensors that autograd knows."""
-    grads = torch.is_grad_enabled()
+    grads = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     needs = [grads and t is not None and t.requires_grad for t in (x, weight, bias)]
     spec = dataclasses.replace(spec, needs=(needs[0], needs[1], needs[2]))
-    return _Make.apply(x, weight, bias, spec, size, memory)  # type: ignore[no-untyped-call]
+    with torch.set_grad_enabled(grads):
+        return _Make.apply(x, weight, bias, spec, size, memory)  # type: ignore[no-untyped-call]
 
 
 def parts(z: PendingLogits) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -212,7 +213,7 @@ class _Make(torch.autograd.Function):
             if ctx.writes != ctx.memory.writes:
                 raise RuntimeError(f"{START}, and were scaled in place before they were read: {COPY}")
             found = _of_real(ctx.saved_tensors, ctx.spec, gradient)
-        return (*once(found), None, None, None)
+        return (*once(found, ctx.saved_tensors), None, None, None)
 
 
 def _of_real(given: tuple[Tensor, ...], spec: Spec, gradient: Tensor) -> list[Tensor | None]:

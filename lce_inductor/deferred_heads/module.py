@@ -83,7 +83,9 @@ def _head_of(module: Any) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     find = getattr(module, "get_output_embeddings", None)
     head = find() if callable(find) else module
-    if not isinstance(head, nn.Module) or next(head.children(), None) is not None:
+    # What computes a weight (weight_norm) is not what computes logits.
+    children = [n for n, _ in head.named_children() if n != "parametrizations"] if isinstance(head, nn.Module) else [""]
+    if children:
         raise TypeError(
             f"defer() takes a head, such as model.lm_head: a module without children, got {type(head).__name__}"
         )
