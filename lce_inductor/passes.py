@@ -51,7 +51,9 @@ class _Pass(CustomGraphPass):
         self.config = config
 
     def uuid(self) -> Any:
-        return f"lce_inductor {self.stage} {source_hash()} {self.config.key()}"
+        # A setting that decides (plan.widens), and that torch's own keys leave out.
+        narrow = torch.backends.cuda.matmul.allow_fp16_accumulation
+        return f"lce_inductor {self.stage} {source_hash()} {self.config.key()} {narrow}"
 
     def __call__(self, graph: Graph) -> None:
         try:

@@ -70,6 +70,12 @@ _ROWS = (
         "install(min_logits_bytes=0) or chunk_tokens=... rewrites it all the same",
     ),
     Reason(
+        "device",
+        "heads are computed on CPUs, on NVIDIA GPUs, and on AMD's where torch has 16-bit products with sums in fp32; "
+        "elsewhere this was never tried",
+        "none for a device; in fp16, torch.backends.cuda.matmul.allow_fp16_accumulation = False before compiling",
+    ),
+    Reason(
         "returned-loss-free",
         "the logits are returned and no loss in this graph reads them",
         "none: the caller wants the logits",

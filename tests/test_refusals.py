@@ -190,6 +190,7 @@ EITHER: dict[str, dict[str, Fn]] = {
 ELSEWHERE = {
     "product",
     "compiled-before",
+    "device",  # test_other_gpus.py
     "random",
     "no-loss",
     "internal-error",

@@ -15,6 +15,7 @@ from ..spec.epilogue import apply, apply_with_slope
 from ..spec.statistics import (
     ARGMAX,
     LSE,
+    LSE_DTYPE,
     MAX,
     NEG_ENTROPY,
     NO_TARGET,
@@ -25,7 +26,6 @@ from ..spec.statistics import (
     Stats,
     empty_stats,
     grad_dtype,
-    lse_dtype,
     stat_dtype,
 )
 from .device_policy import BLOCK
@@ -130,14 +130,14 @@ class _Rows:
         self._fill_others(rows, y)
         top = _finite_top(y)
         total = y.sub_(top[:, None]).exp_().sum(1)
-        self.stats.lse[rows] = _lse(self.a, top, total)
+        self.stats.lse[rows] = _lse(top, total)
         return total
 
     def fill(self, rows: slice, y: Tensor) -> None:
         s, asked = self.stats, self.asked
         if asked & (LSE | NEG_ENTROPY):
             top = _finite_top(y)
-            lse = _lse(self.a, top, (y - top[:, None]).exp_().sum(1))
+            lse = _lse(top, (y - top[:, None]).exp_().sum(1))
             if asked & LSE:
                 s.lse[rows] = lse
             if asked & NEG_ENTROPY:
@@ -165,8 +165,8 @@ def _finite_top(y: Tensor) -> Tensor:
     return torch.where(top.isfinite(), top, 0)
 
 
-def _lse(a: HeadArgs, top: Tensor, total: Tensor) -> Tensor:
-    return top.to(lse_dtype(a.x)) + total.log()
+def _lse(top: Tensor, total: Tensor) -> Tensor:
+    return top.to(LSE_DTYPE) + total.log()
 
 
 def _minus(y: Tensor, lse: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels import hopper, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
@@ -31,7 +32,7 @@ Mask = tuple[bool, bool, bool]
 class Device(NamedTuple):
     """What a plan knows of a device.
 
-    kind: as torch names it, a key of POLICIES; one that is not there is treated as "cpu". capability: of a GPU.
+    kind: as torch names it, a key of POLICIES; one that is not there is treated as "cpu". capability: of an NVIDIA GPU.
     hopper: are the kernels of kernels/hopper.py to be had? clusters: how many of theirs it takes at a time.
     """
 
@@ -129,12 +130,45 @@ def triton_is_installed() -> bool:
 
 @functools.cache
 def capabilities(device: torch.device) -> Device:
-    """Of a GPU that is not there, as a traced tensor's may be, nothing but its kind is known."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Of a GPU that is not there, as a traced tensor's may be, nothing but its kind is known; nor of AMD's, which torch
+    calls "cuda", too: their (9, 0) is an MI200."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return Device(device.type, triton_is_installed())
     capability = torch.cuda.get_device_capability(device)
     ours = capability == (9, 0) and nvrtc.available()
     return Device(device.type, triton_is_installed(), capability, ours, hopper.clusters(device))
+
+
+def why_not_on(device: torch.device, dtype: torch.dtype, trains: bool) -> str:
+    """Why no head is computed on a device; "" where heads are. trains: are gradients computed?"""
+    if device.type not in POLICIES:
+        return f"never tried on {device.type}"
+    if device.type == "cuda" and trains and dtype.itemsize == 2 and not widens(device, dtype):
+        return f"torch has no product of {dtype} with its sums in fp32 here"
+    return ""
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Does a GPU's library take 16-bit matrices and leave their product in fp32 (`out_dtype` of torch.mm)?"""
+    if dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    if torch.version.hip:
+        return _widens_on_amd(device, dtype)
+    capability = capabilities(device).capability
+    return dtype == torch.float16 or capability is None or capability >= (8, 0)
+
+
+@functools.cache
+def _widens_on_amd(device: torch.device, dtype: torch.dtype) -> bool:
+    """It depends on the versions of torch and ROCm: so it is tried."""
+    with _disable_current_modes(), torch.no_grad():
+        a, out = (torch.zeros(16, 16, dtype=d, device=device) for d in (dtype, torch.float32))
+        try:
+            torch.mm(a, a, out_dtype=out.dtype, out=out)
+            torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+        except RuntimeError:
+            return False
+    return True
 
 
 _in_force = dict(POLICIES)

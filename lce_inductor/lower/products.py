@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..spec.sizes import ceil_div, round_up
-from .plan import pieces
+from .plan import pieces, widens
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b; out may be wider than a and b. Having `out`, it is left alone by autocast."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif not a.is_cuda:  # the interpreter's tests: only CUDA has products with a wider result
+    elif not (a.is_cuda and widens(a.device, a.dtype)):
+        # The interpreter's tests; and a setting that has changed since the head was compiled.
         a, b = a.to(out.dtype), b.to(out.dtype)
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.values import device_type, has_hint, numel_hint, same, size_hint, source
 from ..graph.write import sort
-from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little
+from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little, why_not_on
 from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
 from ..schedule.request import request_of
@@ -228,8 +228,11 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
     for region in found.regions:
         mine = [heads[n] for n in region.heads]
         size = max(h.logits_bytes for h in mine)
+        unknown = next(filter(None, map(_why_not_there, mine)), "")
         if V.aot_compilation:
             reason = refuse("ahead-of-time", mine[0].node)
+        elif unknown:
+            reason = refuse("device", mine[0].node, unknown)
         elif size < config.min_logits_bytes:
             reason = refuse("too-small", mine[0].node, f"{size} of {config.min_logits_bytes} bytes")
         else:
@@ -244,6 +247,10 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
             head.refusal = refuse("little-saved", head.node)
             return []
     return chosen
+
+
+def _why_not_there(head: Head) -> str:
+    return why_not_on(torch.device(head.device), head.node.meta["val"].dtype, head.trains)
 
 
 def _deferred(node: Node) -> bool:

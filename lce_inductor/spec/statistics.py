@@ -46,13 +46,9 @@ def stat_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def lse_dtype(x: Tensor) -> torch.dtype:
-    """dtype of lse: fp64 wherever the device has it.
-
-    lse = maximum + log of a sum. Rounded to fp32, a large maximum takes the digits of the small logarithm with it, and
-    with them those of every `logit - lse`: the loss and the probabilities. One number per row costs nothing.
-    """
-    return torch.float32 if x.device.type == "mps" else torch.float64
+# Of lse = maximum + log of a sum. Rounded to fp32, a large maximum takes the digits of the small logarithm with it, and
+# with them those of every `logit - lse`: the loss and the probabilities. One number per row costs nothing.
+LSE_DTYPE = torch.float64
 
 
 def grad_dtype(weight: torch.dtype, wide: bool) -> torch.dtype:
@@ -130,7 +126,7 @@ def computed(stats: int, grads: int) -> int:
 class Stats(NamedTuple):
     """Row statistics of Y; what was not asked for has shape [0].
 
-    lse: [N], fp64 (see lse_dtype). sum_logits, neg_entropy, max_logit: [N]; target_logit: [N, K]; fp64 for fp64
+    lse: [N], fp64 (see LSE_DTYPE). sum_logits, neg_entropy, max_logit: [N]; target_logit: [N, K]; fp64 for fp64
     inputs, else fp32.
     argmax: int64 [N].
     """
@@ -149,7 +145,7 @@ class Stats(NamedTuple):
 
 def empty_stats(x: Tensor, target: Tensor | None, stats: int) -> Stats:
     """Memory for the statistics whose bits are asked for."""
-    columns, dtypes = 0 if target is None else target.shape[1], {"lse": lse_dtype(x), "argmax": torch.int64}
+    columns, dtypes = 0 if target is None else target.shape[1], {"lse": LSE_DTYPE, "argmax": torch.int64}
 
     def new(name: str) -> Tensor:
         shape = (x.shape[0], columns) if name == "target" else (x.shape[0],)
