@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lce_inductor.lower import head as heads
 from lce_inductor.lower.device_policy import POLICIES, ROWS, Policy, Products
-from lce_inductor.lower.plan import Device, Mask, Plan, decide
+from lce_inductor.lower.plan import ClassPlan, Device, Mask, Plan, decide
 from lce_inductor.spec.epilogue import apply, parse
 from lce_inductor.spec.statistics import (
     ARGMAX,
@@ -66,10 +66,15 @@ SM_90 = TRITON._replace(hopper=True, clusters=3)  # as hopper_emulated.py is one
 
 
 class Planned:
-    """lower/head.py on a device, by one algorithm whatever speaks against it, so that small sizes do."""
+    """lower/head.py on a device, by one algorithm whatever speaks against it, so that small sizes do.
 
-    def __init__(self, algorithm: str = ROWS, device: Device = TRITON, policy: Policy = POLICIES["cuda"]) -> None:
-        self.algorithm, self.device, self.policy = algorithm, device, policy
+    classes: of a block, for backwards; 0 for chunks of rows.
+    """
+
+    def __init__(
+        self, algorithm: str = ROWS, device: Device = TRITON, policy: Policy = POLICIES["cuda"], classes: int = 0
+    ) -> None:
+        self.algorithm, self.device, self.policy, self.classes = algorithm, device, policy, classes
 
     def plan(self, a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3) -> Plan:
         if grads is not None:
@@ -80,7 +85,11 @@ class Planned:
         return heads.forward(a, stats, plan=self.plan(a, stats))
 
     def backward(self, a: HeadArgs, lse, neg_entropy, grads: RowGrads, mask: Mask):
-        return heads.backward(a, lse, neg_entropy, grads, mask, self.plan(a, 0, grads, mask))
+        plan, V = self.plan(a, 0, grads, mask), len(a.weight)
+        if self.classes:
+            blocks = ClassPlan(self.classes, -(-V // self.classes), self.policy.chunks.align)
+            plan = dataclasses.replace(plan, classes=blocks)
+        return heads.backward(a, lse, neg_entropy, grads, mask, plan)
 
     def with_grad(self, a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool = False):
         return heads.with_grad(a, stats, grads, mask, wide, plan=self.plan(a, stats, grads, mask))
@@ -110,6 +119,16 @@ CASES = [
     Case(epilogue="mul 2.0;rsqrt_cap 15.0 225.0;add 0.25;sigmoid;mul 4.0", dtype=torch.bfloat16, grads=GRADS),
     Case(scale=200.0),
     Case(scale=30.0, dtype=torch.bfloat16),
+]
+# For backwards in blocks of 64 classes, of which the last one has fewer.
+IN_BLOCKS = [
+    *(Case(dtype=d, N=10, V=257, K=3, bias=True, class_weight=True, grads=GRADS) for d in DTYPES),
+    *(Case(dtype=d, N=10, V=130, epilogue=SOFTCAP, grads=GRADS) for d in (torch.float64, torch.bfloat16)),
+    *(Case(dtype=torch.bfloat16, V=200, grads=(g,)) for g in GRADS if g != "lse_slope"),
+    Case(N=0, bias=True, V=130),
+    Case(N=1, H=1, V=65),
+    Case(N=5, K=0, V=200, grads=("sum", "neg_entropy"), class_weight=True),
+    Case(N=13, H=33, V=1025, K=2, strided=True, bias=True, grads=GRADS),
 ]
 
 
@@ -286,9 +305,9 @@ def check_not_finite(device: str) -> None:
         torch.testing.assert_close(db.double().cpu(), p, rtol=1e-5, atol=1e-7, equal_nan=True, msg=f"row {n} db")
 
 
-def check_masked_classes(device: str) -> None:
+def check_masked_classes(device: str, run: Planned | None = None) -> None:
     """A class of bias -inf gets no gradient from the softmax, not even beside a row gradient that is not finite."""
-    run = on(device)
+    run = run or on(device)
     a, _ = make(Case(bias=True), device)
     hidden = torch.arange(a.weight.shape[0], device=device) % 5 == 4
     a.bias[hidden] = -torch.inf

@@ -57,7 +57,9 @@ def main() -> None:
     device = capabilities(torch.device("cuda", torch.cuda.current_device()))
     for case in ROWS:
         run(case, ALL, Planned(device=device))
-    ran = [f"row kernel: {len(ROWS)} cases"]
+    for case in rows_cases.IN_BLOCKS:
+        run(case, ALL, Planned(device=device, classes=64))
+    ran = [f"row kernel: {len(ROWS)} cases, in blocks of classes: {len(rows_cases.IN_BLOCKS)}"]
     if device.capability in POLICIES["cuda"].anchored.capabilities:
         for case in PLAIN:
             run(case, LSE | TARGET, Planned(device=device, policy=ALWAYS_OURS))

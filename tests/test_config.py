@@ -27,6 +27,8 @@ BAD = [
     ("gradients", ["auto"], "one of 'auto', 'forward', 'recompute'"),
     ("returned_logits", "drop", "one of 'defer', 'keep'"),
     ("returned_logits", True, "one of 'defer', 'keep'"),
+    ("prefer", "size", "one of 'speed', 'memory'"),
+    ("prefer", None, "one of 'speed', 'memory'"),
 ]
 
 
@@ -38,6 +40,7 @@ def test_defaults():
         "workspace_bytes": 3 * 2**29,
         "gradients": "auto",
         "returned_logits": "defer",
+        "prefer": "speed",
     }
 
 
@@ -59,6 +62,7 @@ def test_a_bad_value_names_field_value_and_range(field, value, allowed):
         {"gradients": "forward"},
         {"gradients": "recompute"},
         {"returned_logits": "keep"},
+        {"prefer": "memory"},
     ],
     ids=str,
 )

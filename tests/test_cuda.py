@@ -10,7 +10,7 @@ import torch
 
 from lce_inductor.lower import head as heads
 from lce_inductor.lower.device_policy import ROWS
-from lce_inductor.lower.plan import planned
+from lce_inductor.lower.plan import capabilities, planned
 from lce_inductor.spec.statistics import LSE, SUM, TARGET, RowGrads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -32,6 +32,15 @@ def test_against_fp64(case):
     if 5 < case.N < 1000:  # enough values that neither error is a matter of luck
         case = dataclasses.replace(case, N=case.N * 50, chunk_tokens=case.chunk_tokens * 50)
     rows_cases.check(case, "cuda", 1.25)
+
+
+@pytest.mark.parametrize("case", rows_cases.IN_BLOCKS + BIG, ids=str)
+def test_blocks_of_classes(case):
+    classes = 16384 if case.N >= 1000 else 64
+    if 5 < case.N < 1000:
+        case = dataclasses.replace(case, N=case.N * 50)
+    device = capabilities(torch.device("cuda", torch.cuda.current_device()))
+    rows_cases.check(case, "cuda", 1.25, rows_cases.Planned(ROWS, device, classes=classes))
 
 
 @pytest.mark.parametrize("name", ["only_what_was_asked", "not_finite", "masked_classes", "padding", "ties"])

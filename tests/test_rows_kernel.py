@@ -21,6 +21,10 @@ if INTERPRETED:
     def test_against_fp64(case):
         rows_cases.check(case, "cpu", FACTOR)
 
+    @pytest.mark.parametrize("case", rows_cases.IN_BLOCKS, ids=str)
+    def test_blocks_of_classes(case):
+        rows_cases.check(case, "cpu", FACTOR, rows_cases.Planned(classes=64))
+
     @pytest.mark.parametrize("name", ["only_what_was_asked", "not_finite", "masked_classes", "padding", "ties"])
     def test_special(name):
         getattr(rows_cases, f"check_{name}")("cpu")

@@ -100,9 +100,18 @@ def _not_rewritten() -> str:
 @implementation("lce_inductor", idle=_not_rewritten)
 def lce_inductor(reduction: str) -> Loss:
     """torch.compile of the same function with the passes; small heads too, since the user asked for this size."""
+    return _installed(reduction)
+
+
+@implementation("lce_inductor-memory", idle=_not_rewritten)
+def lce_inductor_memory(reduction: str) -> Loss:
+    return _installed(reduction, prefer="memory")
+
+
+def _installed(reduction: str, **settings: str) -> Loss:
     from lce_inductor import install
 
-    install(min_logits_bytes=0)
+    install(min_logits_bytes=0, **settings)
     return torch_compile(reduction)
 
 

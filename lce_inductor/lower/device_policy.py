@@ -7,6 +7,10 @@ Chunks weigh memory against time (numbers of an H100):
 * A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
   to `rows_per_hidden` * H rows, but no more than `most_bytes`; beyond, where dW is what counts, it is at most seven
   eighths of dW: 1.75 H rows. Never fewer than `least_rows` for these reasons.
+* A backward that computes the logits again may cut the classes instead of the rows (head_classes.py). Of as many bytes,
+  a block has more classes than a chunk has rows where N < V, and costs less: the sums are dX's, not dW's. Loss, dX and
+  dW without the forward took 38.5 ms for 39.2 at 16384 x 2048 x 131072, in blocks of 1 GiB, and 13.7 for 12.4 at
+  32768 x 768 x 50304 (library products beside the anchored softmax, which is why that one is chosen before them).
 * A chunk of less than `least_bytes` is not worth its launches, and a head is not worth chunks that save less than
   `least_saving`: sums, and the pass that multiplies dW by the tangent, cost 3 to 200% of steps of 1 to 10 ms.
 * The caller's `workspace_bytes` is a limit and always wins.
@@ -46,6 +50,33 @@ class Chunks:
         small = self.small_hidden > H
         for_hidden = min(int(self.rows_per_hidden * H), self.most_bytes // row_bytes) if small else 7 * H // 4
         return max(min(self.target_rows, max(for_hidden, self.least_rows)), self.least_bytes // row_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """How a kind of device likes its blocks of classes.
+
+    bytes: of a block's logits; least, most: classes of a block, whatever they take; tile: of the products.
+    """
+
+    bytes: int
+    least: int
+    most: float
+    tile: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What changes where a user prefers memory.
+
+    bytes: of a chunk's or a block's logits. least_rows: of a chunk, whatever they take.
+    four_products: a backward that computes the logits again takes a third more time. It has to get by with that part
+        of what the step with three products takes at its peak.
+    """
+
+    bytes: int
+    least_rows: int
+    four_products: float = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +125,8 @@ class Policy:
     """
 
     chunks: Chunks
+    classes: Classes
+    memory: Memory
     algorithms: tuple[str, ...] = (BLOCKS,)
     anchored: Anchored = Anchored()
     products: Products = Products()
@@ -114,6 +147,9 @@ POLICIES = {
             tile=256,
             align=64,
         ),
+        # A block of 256 MiB takes 2 to 4% more time than one of 1 GiB, H100.
+        Classes(bytes=1 << 30, least=1024, most=math.inf, tile=256),
+        Memory(bytes=256 << 20, least_rows=512),
         algorithms=(ANCHORED, ANCHORED_TRITON, ROWS, BLOCKS),
         sums_are_scaled=True,
     ),
@@ -129,7 +165,12 @@ POLICIES = {
             most_bytes=1 << 30,
             tile=16,
             align=1,
-        )
+        ),
+        # Blocks of 512 to 4096 classes take the same time, and all less than chunks of 512 rows: 2.35 for 2.45 s at
+        # 2048 x 512 x 32768 and 2.41 for 2.61 at 512 x 1024 x 65536 (fp32, one thread).
+        Classes(bytes=16 << 20, least=512, most=2048, tile=16),
+        # Chunks of 64 rows cost 14 to 27% there, and a fourth product 35%.
+        Memory(bytes=16 << 20, least_rows=64),
     ),
 }
 

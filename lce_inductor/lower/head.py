@@ -26,7 +26,11 @@ from .rows_that_count import counting, packed, packed_grads, unpacked, unpacked_
 
 log = logging.getLogger(__name__)
 
-_MODULES = {ANCHORED: "head_anchored", ANCHORED_TRITON: "head_anchored", ROWS: "head_cuda", BLOCKS: "head_cpu"}
+CLASSES = "blocks of classes"
+_MODULES = {
+    ANCHORED: "head_anchored", ANCHORED_TRITON: "head_anchored", ROWS: "head_cuda", BLOCKS: "head_cpu",
+    CLASSES: "head_classes",
+}  # fmt: skip
 
 
 def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | None = None) -> Stats:
@@ -52,9 +56,9 @@ def backward(
         of_rows = lse[rows], None if neg_entropy is None else neg_entropy[rows], packed_grads(grads, rows)
         dx, dw, db = backward(packed(a, rows), *of_rows, mask, plan)
         return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
-    p = plan or _plan(request(a, 0, grads, mask), a)
+    p = plan or _plan(request(a, 0, grads, mask, recompute=True), a)
     with _device(a.x):
-        return _module(p.algorithm).backward(a, lse, neg_entropy, grads, mask, p)
+        return _module(p.algorithm if p.classes is None else CLASSES).backward(a, lse, neg_entropy, grads, mask, p)
 
 
 def with_grad(
@@ -75,12 +79,15 @@ def with_grad(
     return found
 
 
-def request(a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3) -> Request:
+def request(
+    a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3, recompute: bool = False
+) -> Request:
     """What a call asks for. stats: bits of those that it computes."""
     (N, H), given = a.x.shape, None if grads is None else grads.bits()
     return Request(
         N, H, a.weight.shape[0], a.x.dtype, a.chunk_tokens, a.workspace_bytes, stats,
         0 if a.target is None else a.target.shape[1], a.epilogue, a.bias is not None, aligned(a.weight), given, mask,
+        recompute, a.prefer,
     )  # fmt: skip
 
 

@@ -46,42 +46,68 @@ def backward(
     a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
 ) -> tuple[Tensor, ...]:
     """Gradients by recomputing the logits of each chunk."""
-    logits = _Logits(a, p)
-    out = _Grads(a, mask, a.weight.dtype, len(logits))
-    for rows, z in logits:
-        for part, block in _blocks(rows, z):
-            y, slope = apply_with_slope(a.epilogue, _wide(a, block))
-            found = None if neg_entropy is None else neg_entropy[part]
-            out.put(block, _dz(a, part, y, slope, lse[part], found, grads, out.hidden))
+    chunks = _Logits(a, p)
+    out = _Grads(a, mask, a.weight.dtype, len(chunks))
+    for rows, z in chunks:
+        gradient(a, rows, z, lse, neg_entropy, grads, out.hidden, out.db)
         out.add(rows, z)
+        del z
     return out.result()
+
+
+def gradient(
+    a: HeadArgs, rows: slice, z: Tensor, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads,
+    hidden: Tensor | None, db: Tensor,
+) -> None:  # fmt: skip
+    """Logits of some rows [n, V] become their gradient, whose sum is added to db [V] if that is not empty.
+
+    lse, neg_entropy and the tensors of a and grads have all N rows.
+    """
+    for part, block in _blocks(rows, z):
+        y, slope = apply_with_slope(a.epilogue, _wide(a, block))
+        found = None if neg_entropy is None else neg_entropy[part]
+        _put(block, _dz(a, part, y, slope, lse[part], found, grads, hidden), db)
+        del y, slope  # before the next ones are made
 
 
 def with_grad(
     a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients of each chunk while its logits are there; wide: dW and db in fp32."""
-    asked = stats
-    stats |= LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0)
-    rows_out = _Rows(a, stats)
-    found, logits = rows_out.stats, _Logits(a, p)
-    out = _Grads(a, mask, grad_dtype(a.weight.dtype, wide), len(logits))
-    for rows, z in logits:
-        for part, block in _blocks(rows, z):
-            y, slope = apply_with_slope(a.epilogue, _wide(a, block))
-            if stats & NEG_ENTROPY:
-                rows_out.fill(part, y)
-                dz = _dz(a, part, y, slope, found.lse[part], found.neg_entropy[part], grads, out.hidden)
-            else:  # one exponential serves the statistics and the gradient
-                total = rows_out.fill_and_exp(part, y)
-                dz = _dz(a, part, y, slope, found.lse[part], None, grads, out.hidden, total)
-            out.put(block, dz)
+    rows_out = _Rows(a, stats | LSE | (NEG_ENTROPY if grads.neg_entropy is not None else 0))
+    chunks = _Logits(a, p)
+    out = _Grads(a, mask, grad_dtype(a.weight.dtype, wide), len(chunks))
+    for rows, z in chunks:
+        _stats_and_gradient(rows_out, rows, z, grads, out)
         out.add(rows, z)
-    return (found.only(asked), *out.result())
+        del z
+    return (rows_out.stats.only(stats), *out.result())
+
+
+def _stats_and_gradient(rows_out: _Rows, rows: slice, z: Tensor, grads: RowGrads, out: _Grads) -> None:
+    a, found = rows_out.a, rows_out.stats
+    for part, block in _blocks(rows, z):
+        y, slope = apply_with_slope(a.epilogue, _wide(a, block))
+        if rows_out.asked & NEG_ENTROPY:
+            rows_out.fill(part, y)
+            dz = _dz(a, part, y, slope, found.lse[part], found.neg_entropy[part], grads, out.hidden)
+        else:  # one exponential serves the statistics and the gradient
+            total = rows_out.fill_and_exp(part, y)
+            dz = _dz(a, part, y, slope, found.lse[part], None, grads, out.hidden, total)
+        _put(block, dz, out.db)
+        del y, slope, dz  # before the next ones are made
+
+
+def _put(block: Tensor, dz: Tensor, db: Tensor) -> None:
+    """The gradient of a block of logits, in their place."""
+    if dz.data_ptr() != block.data_ptr():
+        block.copy_(dz)
+    if len(db):
+        db += dz.sum(0)
 
 
 class _Logits:
-    """Chunks of logits, rounded as F.linear rounds them, one after the other in the same memory."""
+    """Chunks of logits, one after the other in the same memory."""
 
     def __init__(self, a: HeadArgs, p: Plan) -> None:
         self.a = a
@@ -91,15 +117,18 @@ class _Logits:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        a, w = self.a, self.a.weight.t()
-        memory = a.x.new_empty(self.chunks[0].stop if self.chunks else 0, w.shape[1])
+        memory = self.a.x.new_empty(self.chunks[0].stop if self.chunks else 0, len(self.a.weight))
         for rows in self.chunks:
-            z = memory[: rows.stop - rows.start]
-            if a.bias is not None and a.bias.dtype == a.x.dtype:
-                torch.addmm(a.bias, a.x[rows], w, out=z)
-            else:
-                torch.mm(a.x[rows], w, out=z)
-            yield rows, z
+            logits(self.a, self.a.x[rows], memory[: rows.stop - rows.start])
+            yield rows, memory[: rows.stop - rows.start]
+
+
+def logits(a: HeadArgs, x: Tensor, z: Tensor) -> None:
+    """z = x @ weight^T, and a bias of its dtype, rounded as F.linear rounds them."""
+    if a.bias is not None and a.bias.dtype == x.dtype:
+        torch.addmm(a.bias, x, a.weight.t(), out=z)
+    else:
+        torch.mm(x, a.weight.t(), out=z)
 
 
 def _blocks(rows: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -177,7 +206,7 @@ def _minus(y: Tensor, lse: Tensor) -> Tensor:
     return y.sub_(rest[:, None])
 
 
-def _hidden(a: HeadArgs) -> Tensor | None:
+def hidden_classes(a: HeadArgs) -> Tensor | None:
     """The classes whose bias is -inf, as masks have it; None where there are none.
 
     Their probability is zero, and zero times a row gradient that is not finite is NaN. Eager selects instead:
@@ -206,7 +235,7 @@ def _dz(
     total: Tensor | None = None,
 ) -> Tensor:
     """Gradient of a block of logits, in the dtype of y. y may be overwritten; with `total` it holds exponentials
-    of that sum already. `hidden`: see _hidden."""
+    of that sum already. `hidden`: see hidden_classes."""
     g_lse = None if grads.lse is None else grads.lse[rows].to(y.dtype)
     if grads.lse_slope is not None:
         sloped = (grads.lse_slope[rows] * lse).to(y.dtype)
@@ -242,7 +271,7 @@ class _Grads:
     """Accumulates dX by rows, dW and db over chunks; a gradient that is not needed costs no product."""
 
     def __init__(self, a: HeadArgs, mask: Mask, dtype: torch.dtype, chunks: int) -> None:
-        self.a, self.mask, self.dtype, self.hidden = a, mask, dtype, _hidden(a)
+        self.a, self.mask, self.dtype, self.hidden = a, mask, dtype, hidden_classes(a)
         wide = stat_dtype(a.x)
         self.dx = torch.empty_like(a.x, memory_format=torch.contiguous_format) if mask[0] else a.x.new_empty(0)
         # The only chunk's product is dW itself, rounded once, as eager's is. A part of several must not be: parts that
@@ -251,13 +280,6 @@ class _Grads:
         self.dw = a.x.new_empty(a.weight.shape if mask[1] else (0,), dtype=dtype if self.whole else wide)
         self.db = a.x.new_zeros(a.weight.shape[0] if mask[2] else 0, dtype=wide)
         self.first = True
-
-    def put(self, block: Tensor, dz: Tensor) -> None:
-        """The gradient of a block of logits, in their place."""
-        if dz.data_ptr() != block.data_ptr():
-            block.copy_(dz)
-        if self.mask[2]:
-            self.db += dz.sum(0)
 
     def add(self, rows: slice, dz: Tensor) -> None:
         x = self.a.x[rows]

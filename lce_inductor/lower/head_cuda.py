@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..spec.statistics import LSE, HeadArgs, RowGrads, Stats, computed, empty_stats, grad_dtype
 from .plan import Mask, Plan, Products, pieces
-from .products import as_factor, input_gradient, logits_with_lse, weight_gradient
+from .products import input_gradient, logits_with_lse, weight_gradient, with_factors
 
 
 def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
@@ -26,13 +26,16 @@ def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
 def backward(
     a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
 ) -> tuple[Tensor, ...]:
-    found = empty_stats(a.x, a.target, 0)._replace(lse=lse.contiguous())
-    if neg_entropy is not None:
-        found = found._replace(neg_entropy=neg_entropy.contiguous())
     out = _Gradients(a, mask, a.weight.dtype)
     if any(mask) and not grads.all_none():
-        _run(a, 0, found, grads, out, p)
+        _run(a, 0, known(a, lse, neg_entropy), grads, out, p)
     return out.result()
+
+
+def known(a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None) -> Stats:
+    """The statistics that a backward has, as the row kernel takes them."""
+    found = empty_stats(a.x, a.target, 0)._replace(lse=lse.contiguous())
+    return found if neg_entropy is None else found._replace(neg_entropy=neg_entropy.contiguous())
 
 
 def with_grad(
@@ -49,26 +52,29 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
     from ..kernels import rows
 
     N, V = a.x.shape[0], a.weight.shape[0]
-    x, weight = as_factor(a.x), as_factor(a.weight)
-    bias, class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
-    columns = pieces(V, x.element_size())
-    # As in eager: one rounding for the product and a bias of its dtype together.
-    within = bias if bias is not None and bias.dtype == x.dtype else None
-    buffer = x.new_empty(p.chunks.rows, p.chunks.row_stride)
+    a = with_factors(a)
+    buffer = a.x.new_empty(p.chunks.rows, p.chunks.row_stride)
     for row0, n in p.chunks.bounds(N):
-        z, x_chunk, ours = buffer[:n], x[row0 : row0 + n], p.products_of(n)
-        left = ours.logits and logits_with_lse(z, x, weight, row0, found.lse[row0 : row0 + n])
-        for c in () if left else columns:
-            if within is None:
-                torch.mm(x_chunk, weight[c].t(), out=z[:, c])
-            else:
-                torch.addmm(within[c], x_chunk, weight[c].t(), out=z[:, c])
+        z, x_chunk, ours = buffer[:n], a.x[row0 : row0 + n], p.products_of(n)
+        left = ours.logits and logits_with_lse(z, a.x, a.weight, row0, found.lse[row0 : row0 + n])
+        bias = a.bias if left else logits(a, x_chunk, z)
         rows.launch(
-            z, V, row0, None if within is not None else bias, a.target, class_weight, a.epilogue,
-            stats & ~LSE if left else stats, found, grads, hidden=bias is not None,
+            z, V, row0, bias, a.target, a.class_weight, a.epilogue,
+            stats & ~LSE if left else stats, found, grads, hidden=a.bias is not None,
         )  # fmt: skip
         if grads is not None and out is not None:
-            out.add(row0, z, x_chunk, weight, ours, last=row0 + n == N)
+            out.add(row0, z, x_chunk, a.weight, ours, last=row0 + n == N)
+
+
+def logits(a: HeadArgs, x: Tensor, z: Tensor) -> Tensor | None:
+    """z [n, at least V] = x @ weight^T and, as in eager in one rounding, a bias of its dtype; returns another bias."""
+    within = a.bias is not None and a.bias.dtype == x.dtype
+    for c in pieces(len(a.weight), x.element_size()):
+        if within:
+            torch.addmm(a.bias[c], x, a.weight[c].t(), out=z[:, c])  # type: ignore[index]
+        else:
+            torch.mm(x, a.weight[c].t(), out=z[:, c])
+    return None if within else a.bias
 
 
 class _Gradients:

@@ -20,11 +20,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..kernels import hopper, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
-from ..spec.statistics import LSE, SUM, TARGET
-from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, LEAST_SPLIT, POLICIES, ROWS, Chunks, Policy
+from ..spec.statistics import LSE, NEG_ENTROPY, SUM, TARGET
+from .device_policy import (
+    ANCHORED,
+    ANCHORED_TRITON,
+    BLOCK,
+    BLOCKS,
+    LEAST_SPLIT,
+    POLICIES,
+    ROWS,
+    WIDENED,
+    Chunks,
+    Policy,
+)
 from .device_policy import Products as ProductPolicy
 
 log = logging.getLogger(__name__)
+# At most, while ATen computes a softcap and its slope.
+_COPIES_FOR_A_SLOPE = 4
 
 Mask = tuple[bool, bool, bool]
 
@@ -54,6 +67,8 @@ class Request(NamedTuple):
         aligned: are the weight's rows contiguous, and do they begin on 16 bytes?
         grads: bits of the statistics that a gradient is given for; None where no gradients are asked for at all.
         mask: which of dX, dW and db are.
+        recompute: are they computed by a backward, from logits that it computes again?
+        prefer: "speed" or "memory".
     """
 
     N: int
@@ -69,6 +84,12 @@ class Request(NamedTuple):
     aligned: bool = True
     grads: int | None = None
     mask: Mask = (False, False, False)
+    recompute: bool = False
+    prefer: str = "speed"
+
+    @property
+    def for_memory(self) -> bool:
+        return self.prefer == "memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +103,19 @@ class ChunkPlan:
     def bounds(self, N: int) -> list[tuple[int, int]]:
         """First row and number of rows of each chunk."""
         return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassPlan:
+    """`count` blocks of `classes` classes (the last may have fewer), rows rounded up to `align` elements."""
+
+    classes: int
+    count: int
+    align: int
+
+    def bounds(self, V: int) -> list[tuple[int, int]]:
+        """First class and number of classes of each block."""
+        return [(start, min(self.classes, V - start)) for start in range(0, V, self.classes or 1)]
 
 
 class Products(NamedTuple):
@@ -100,6 +134,7 @@ class Plan:
     """
     Attributes:
         algorithm: ANCHORED, ANCHORED_TRITON, ROWS or BLOCKS.
+        classes: blocks of classes that take the place of chunks, or None.
         ruled_out: the faster ones for the device, and why each does not do; empty, too, where the caller chose.
         products: of a chunk; last_products: of the last one, which may have fewer rows.
         wide: shall what multiplies dW by the tangent take its sums in fp32?
@@ -113,6 +148,7 @@ class Plan:
     last_products: Products
     wide: bool
     peak_bytes: int
+    classes: ClassPlan | None = None
 
     def products_of(self, n: int) -> Products:
         """Of a chunk of n rows."""
@@ -120,7 +156,10 @@ class Plan:
 
     def __str__(self) -> str:
         why = f" ({'; '.join(f'no {name}: {reason}' for name, reason in self.ruled_out)})" if self.ruled_out else ""
-        return f"{self.chunks.count} chunks of {self.chunks.rows} tokens, {self.algorithm}{why}"
+        cut = f"{self.chunks.count} chunks of {self.chunks.rows} tokens"
+        if self.classes is not None:
+            cut = f"{self.classes.count} blocks of {self.classes.classes} classes"
+        return f"{cut}, {self.algorithm}{why}"
 
 
 @functools.cache
@@ -211,30 +250,51 @@ def products_on(n: int, H: int, V: int, dtype: torch.dtype, device: torch.device
 
 def decide(r: Request, device: Device, policy: Policy, algorithm: str | None = None) -> Plan:
     """How a head is computed. algorithm: take this one, whatever speaks against it."""
-    cut = chunks(r.N, r.H, r.V, r.dtype.itemsize, r.chunk_tokens, r.workspace_bytes, policy.chunks)
+    cut = _chunks_of(r, policy)
     wide = policy.sums_are_scaled and r.dtype == torch.bfloat16 and cut.count > 1
     ruled_out = []
     if algorithm is None:
         for algorithm in policy.algorithms:
             reason = _WHY_NOT[algorithm](r, device, policy, cut)
+            if reason is None and algorithm not in _BY_CLASSES and r.for_memory and _blocks_of(r, policy, cut, ROWS):
+                reason = "blocks of classes take less memory"
             if reason is None:
                 break
             ruled_out.append((algorithm, reason))
     assert algorithm is not None
+    blocks = _blocks_of(r, policy, cut, algorithm) if algorithm in _BY_CLASSES else None
     dx, dw = r.mask[:2] if r.grads is not None else (False, False)
     if algorithm in (ANCHORED, ANCHORED_TRITON):
         if r.grads is None:
             cut = _chunks_of_sums(r, _tile_columns(r.H, device, algorithm), policy)
         peak = anchored_peak_bytes(cut, r.N, r.H, r.V, dx, dw)
     else:
-        peak = peak_bytes(cut, r.N, r.H, r.V, r.dtype.itemsize, dx, dw)
+        peak = _peak(r, blocks or cut, algorithm)
     last = r.N - (cut.count - 1) * cut.rows
     ours = products(cut.rows, r.H, r.V, r.dtype, device, policy.products)
     ours = ours._replace(logits=algorithm == ROWS and _logits_with_lse(r, device, policy.products))
     of_last = ours
     if last != cut.rows:
         of_last = ours._replace(dx=products(last, r.H, r.V, r.dtype, device, policy.products).dx)
-    return Plan(algorithm, tuple(ruled_out), cut, ours, of_last, wide, peak)
+    return Plan(algorithm, tuple(ruled_out), cut, ours, of_last, wide, peak, blocks)
+
+
+class Training(NamedTuple):
+    """A training step: are logits computed again for the gradients? And the bytes that it is predicted to add at its
+    peak, gradients included."""
+
+    recompute: bool
+    peak_bytes: int
+
+
+def training(r: Request, device: Device, policy: Policy, recompute: bool | None = None) -> Training:
+    """How a step is best computed, if `r` is what would be asked for in one go. recompute: it is to be so."""
+    three = decide(r, device, policy).peak_bytes
+    forward = r._replace(grads=None, mask=(False, False, False))
+    four = max(decide(q, device, policy).peak_bytes for q in (forward, r._replace(stats=0, recompute=True)))
+    if recompute is None:
+        recompute = r.for_memory and four <= policy.memory.four_products * three
+    return Training(recompute, four if recompute else three)
 
 
 def _why_not_anchored(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
@@ -272,6 +332,9 @@ def _why_not_anchored_in_cuda(r: Request, device: Device, policy: Policy, cut: C
 def _why_not_rows(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
     return None if device.triton else "Triton is not installed"
 
+
+# Those that compute blocks of classes. The anchored softmax would need products that write dZ where lse is known.
+_BY_CLASSES = (ROWS, BLOCKS)
 
 _WHY_NOT: dict[str, Callable[[Request, Device, Policy, ChunkPlan], str | None]] = {
     ANCHORED: _why_not_anchored_in_cuda,
@@ -330,6 +393,33 @@ def chunks(N: int, H: int, V: int, itemsize: int, chunk_tokens: int, workspace_b
     return ChunkPlan(rows, ceil_div(N, rows), row_stride)
 
 
+def _chunks_of(r: Request, policy: Policy) -> ChunkPlan:
+    """Chunks for a request. Where memory is preferred they are smaller, but for those that the caller chose."""
+    limit, itemsize = r.workspace_bytes, r.dtype.itemsize
+    if r.for_memory and not r.chunk_tokens:
+        least = policy.memory.least_rows * round_up(r.V, policy.chunks.align) * itemsize
+        limit = min(limit, max(policy.memory.bytes, least))
+    return chunks(r.N, r.H, r.V, itemsize, r.chunk_tokens, limit, policy.chunks)
+
+
+def _blocks_of(r: Request, policy: Policy, cut: ChunkPlan, algorithm: str) -> ClassPlan | None:
+    """Blocks of classes, where they do better than these chunks of rows."""
+    if not (r.recompute and r.grads and r.mask[1] and r.N and r.H and r.V):
+        return None
+    of, align, column = policy.classes, policy.chunks.align, r.N * r.dtype.itemsize
+    limit = min(r.workspace_bytes, r.chunk_tokens * r.V * r.dtype.itemsize or r.workspace_bytes) // column
+    most = int(min(max((policy.memory if r.for_memory else of).bytes // column, of.least), of.most, limit))
+    if most >= r.V or most < of.least:
+        return None
+    most -= most % of.tile
+    count = ceil_div(r.V, most)
+    blocks = ClassPlan(min(round_up(ceil_div(r.V, count), of.tile), most), count, align)
+    more = _peak(r, blocks, algorithm) - _peak(r, cut, algorithm)
+    # Of a single chunk in 16 bits, no product is wider than its factors.
+    quick = r.N <= r.V and (cut.count > 1 or r.dtype.itemsize >= 4) and not r.chunk_tokens
+    return blocks if (quick and more <= 0) or (r.for_memory and more < 0) else None
+
+
 def _tile_columns(H: int, device: Device, algorithm: str) -> int:
     return hopper.COLUMNS if algorithm == ANCHORED else tuning.tiles(device.capability, "logits", H).columns
 
@@ -342,18 +432,53 @@ def _chunks_of_sums(r: Request, columns: int, policy: Policy) -> ChunkPlan:
     return ChunkPlan(rows, ceil_div(r.N, rows), 0)
 
 
-def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool) -> int:
+def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool, beside: int = 0) -> int:
     """Predicted bytes that loss and gradients add at their peak, the gradients included.
 
     [N] vectors are left out, and what our products on sm_90 leave beside a chunk of a 16-bit head, 2% of it.
+    beside: bytes of what else there is only while a chunk is.
     """
-    chunk = p.rows * p.row_stride * itemsize
-    grad_x = N * H * itemsize if dx else 0
-    grad_w = V * H * itemsize if dw else 0
-    if p.count <= 1 or itemsize >= 4:
-        return chunk + grad_x + grad_w
-    sums = V * H * 4 if dw else 0  # fp32, cast to the weight's dtype once the chunk is free
-    return grad_x + sums + max(chunk, grad_w)
+    chunk = p.rows * p.row_stride * itemsize + beside
+    return _with_sums(chunk, N * H * itemsize * dx, V * H * itemsize * dw, p.count, itemsize)
+
+
+def class_peak_bytes(p: ClassPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool, beside: int = 0) -> int:
+    """The same for blocks of classes: it is dX that all of them add to."""
+    block = N * round_up(p.classes, p.align) * itemsize + beside
+    return _with_sums(block, V * H * itemsize * dw, N * H * itemsize * dx, p.count, itemsize)
+
+
+def _with_sums(piece: int, placed: int, summed: int, count: int, itemsize: int) -> int:
+    """placed: bytes of the gradient that each piece of the logits has a part of for its own; summed: of the other one,
+    in fp32 if there are several, and cast once the piece is free."""
+    if count <= 1 or itemsize >= 4:
+        return piece + placed + summed
+    return placed + summed // itemsize * 4 + max(piece, summed)
+
+
+def _peak(r: Request, cut: ChunkPlan | ClassPlan, algorithm: str) -> int:
+    dx, dw = r.mask[:2] if r.grads is not None else (False, False)
+    sizes = r.N, r.H, r.V, r.dtype.itemsize, dx, dw
+    aten = algorithm == BLOCKS
+    if isinstance(cut, ClassPlan):
+        return class_peak_bytes(cut, *sizes, _beside(r, r.N, cut.classes, cut.classes, dx and cut.count > 1) * aten)
+    return peak_bytes(cut, *sizes, _beside(r, cut.rows, r.V, cut.rows, dw and cut.count > 1) * aten)
+
+
+def _beside(r: Request, n: int, classes: int, factor: int, summed: bool) -> int:
+    """What ATen makes beside a piece of the logits [n, classes]: copies of a few of its rows for the arithmetic, and
+    factors that are widened for sums in fp32, of which the other one is [factor, H]."""
+    if not classes:
+        return 0
+    narrow = r.dtype.itemsize < 4
+    forward, slope = r.grads is None, r.grads is not None and not is_affine(r.steps)
+    making = _COPIES_FOR_A_SLOPE if slope else min(narrow + len(r.steps), 2)
+    kept = (narrow or bool(r.steps)) + slope
+    reading = max(2 * bool(r.stats & NEG_ENTROPY), forward or bool((r.grads or 0) & NEG_ENTROPY))
+    copies = max(making, kept + reading)
+    block = min(max(BLOCK // classes, 1), n) * classes * max(r.dtype.itemsize, 4)
+    widened = (min(WIDENED, n * classes) + factor * r.H) * 4
+    return max(block * copies, widened * (narrow and summed))
 
 
 def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, policy: Chunks) -> bool:

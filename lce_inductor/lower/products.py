@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec.sizes import ceil_div, round_up
+from ..spec.statistics import HeadArgs
 from .plan import pieces, widens
 
 
@@ -42,15 +43,17 @@ def logits_with_lse(z: Tensor, x: Tensor, weight: Tensor, row0: int, lse: Tensor
     return True
 
 
-def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor, ours: bool = False) -> None:
-    """dX = dZ weight, on the current device.
+def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor, ours: bool = False, accumulate: bool = False) -> None:
+    """dX (+)= dZ weight, on the current device.
 
     Args:
-        dx: [n, H]. dz: [n, at least V], rows padded to 64 elements. weight: [V, H].
-        ours: by our product, where there is one.
+        dx: [n, H], possibly wider than dz and weight, and so where it accumulates.
+        dz: [n, at least V], rows padded to 64 elements. weight: [V, H].
+        ours: by our product, where there is one; it overwrites.
+        accumulate: False overwrites what is in dx.
     """
     (n, H), V = dx.shape, len(weight)
-    if ours and dx.element_size() == 2 and aligned(weight):
+    if ours and not accumulate and dx.element_size() == 2 and aligned(weight):
         from ..kernels import hopper
 
         kernels = hopper.products(weight.device, weight.dtype)
@@ -62,7 +65,7 @@ def input_gradient(dx: Tensor, dz: Tensor, weight: Tensor, ours: bool = False) -
             return
     # The few columns first: their sum is rounded once more.
     for i, c in enumerate(reversed(pieces(V, dz.element_size()))):
-        product(dx, dz[:, c], weight[c], accumulate=i > 0)
+        product(dx, dz[:, c], weight[c], accumulate or i > 0)
 
 
 def weight_gradient(dw: Tensor, dz: Tensor, x: Tensor, ours: bool = False, *, accumulate: bool) -> None:
@@ -90,6 +93,12 @@ def as_factor(t: Tensor) -> Tensor:
     rows, columns = t.stride()
     taken = (columns == 1 and rows >= t.shape[1]) or (rows == 1 and columns >= t.shape[0])
     return t if taken else t.contiguous()
+
+
+def with_factors(a: HeadArgs) -> HeadArgs:
+    """The head with tensors that all its products and kernels take as they are."""
+    bias, class_weight = (None if t is None else t.contiguous() for t in (a.bias, a.class_weight))
+    return a._replace(x=as_factor(a.x), weight=as_factor(a.weight), bias=bias, class_weight=class_weight)
 
 
 def aligned(t: Tensor) -> bool:

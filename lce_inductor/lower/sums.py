@@ -35,6 +35,7 @@ def add_widened(dw: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     for start in range(0, len(dw), size or 1):
         own, part = dw[start : start + size], dz[:, start : start + size].to(dw.dtype).t()
         torch.addmm(own, part, x, beta=0 if first else 1, out=own)
+        del part  # before the next one is made
 
 
 def _add_twice(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

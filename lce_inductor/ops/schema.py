@@ -10,7 +10,7 @@ Three ops on flat rows do the work of the fused kernels; the passes put them int
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
 target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats` is a mask of the bits in
 spec/statistics.py. needed: bool [N], rows whose statistics are read; those of others are finite and may be of no
-logits. None: all.
+logits. None: all. prefer: "speed", or "memory" where less of it is worth time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..spec.statistics import (
 )
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? class_weight"
+_PREFER = "*, str prefer='speed'"
 _PLAN = "str epilogue, {stats}int chunk_tokens, int workspace_bytes"
 _STATS = "(" + ", ".join(f"Tensor {s.result}" for s in STATISTICS)
 _WITH_STATS = _PLAN.format(stats="int stats, ")
@@ -49,14 +50,15 @@ def _optional(names: Iterable[str]) -> str:
 
 
 _lib = torch.library.Library("lce_inductor", "DEF")
-_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}, Tensor? needed=None) -> {_STATS})")
+_lib.define(f"row_stats({_HEAD}, {_WITH_STATS}, Tensor? needed=None, {_PREFER}) -> {_STATS})")
 _lib.define(
     f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, {_optional(GRADIENTS)}, "
-    f"{_PLAN.format(stats='')}, bool[3] output_mask) -> (Tensor dx, Tensor dw, Tensor db)"
+    f"{_PLAN.format(stats='')}, bool[3] output_mask, {_PREFER}) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, {_optional(f'g_{name}' for name in RowGrads._fields)}, {_WITH_STATS}, "
-    f"bool[3] output_mask, bool wide=False, Tensor? needed=None) -> {_STATS}, Tensor dx, Tensor dw, Tensor db)"
+    f"bool[3] output_mask, bool wide=False, Tensor? needed=None, {_PREFER}) -> "
+    f"{_STATS}, Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
 
@@ -71,28 +73,30 @@ ROW_STATS, ROW_STATS_BACKWARD = map(_positions, ("row_stats", "row_stats_backwar
 
 
 def _row_stats(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None, prefer="speed"
 ):
     check_inputs(x, weight, bias, target, class_weight, needed=needed)
-    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes, prefer)
     return _distinct(heads.forward(a, stats, needed))
 
 
-def _row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy, *rest):  # type: ignore[no-untyped-def]
+def _row_stats_backward(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed"
+):
     *given, epilogue, chunk_tokens, workspace_bytes, output_mask = rest
     grads = _row_grads(given)
     _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
-    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes, prefer)
     dx, dw, db = heads.backward(a, lse, neg_entropy, grads, tuple(output_mask))
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
-def _row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _row_stats_with_grad(x, weight, bias, target, class_weight, *rest, prefer="speed"):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("row_stats_with_grad has no derivatives, they are among its results: call it under no_grad")
     grads, epilogue, stats, chunk_tokens, workspace_bytes, output_mask, wide, needed = _of_with_grad(*rest)
     check_inputs(x, weight, bias, target, class_weight, grads, needed)
-    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes)
+    a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes, prefer)
     with torch._C._AutoDispatchBelowAutograd():
         found, dx, dw, db = heads.with_grad(a, stats, grads, tuple(output_mask), wide, needed)
         return _distinct((*found, dx, dw, db.to(grad_dtype((weight if bias is None else bias).dtype, wide))))
@@ -186,25 +190,29 @@ def _fake_grads(  # type: ignore[no-untyped-def]
 
 
 def _fake_row_stats(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None
+    x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, needed=None, prefer="speed"
 ):
     _check_devices(x, weight, bias, target, class_weight, needed=needed)
     return tuple(empty_stats(x, target, stats))
 
 
-def _fake_row_stats_backward(x, weight, bias, target, class_weight, lse, neg_entropy, *rest):  # type: ignore[no-untyped-def]
+def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed"
+):
     *given, _, _, _, output_mask = rest
     _check_devices(x, weight, bias, target, class_weight, _row_grads(given), lse, neg_entropy)
     return _fake_grads(x, weight, bias, output_mask, None)
 
 
-def _fake_row_stats_with_grad(x, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _fake_row_stats_with_grad(  # type: ignore[no-untyped-def]
+    x, weight, bias, target, class_weight, *rest, prefer="speed"
+):
     grads, _, stats, _, _, output_mask, wide, needed = _of_with_grad(*rest)
     _check_devices(x, weight, bias, target, class_weight, grads, needed=needed)
     return (*empty_stats(x, target, stats), *_fake_grads(x, weight, bias, output_mask, wide))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, target, class_weight, epilogue, stats, chunk_tokens, workspace_bytes, _ = inputs
     found = Stats(*output)
     # What was not asked for is empty: a gradient of it would have the wrong shape.
@@ -221,7 +229,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         found.neg_entropy if stats & NEG_ENTROPY else None,
         found.argmax,
     )
-    ctx.plan = (epilogue, chunk_tokens, workspace_bytes)
+    ctx.plan, ctx.prefer = (epilogue, chunk_tokens, workspace_bytes), keyword_only_inputs
     ctx.has_lse, ctx.has_argmax = bool(stats & LSE), bool(stats & ARGMAX)
 
 
@@ -244,7 +252,7 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     if of.neg_entropy is not None and not ctx.has_lse:
         raise RuntimeError("the gradient of neg_entropy needs lse: ask row_stats for both")
     dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
-        x, weight, bias, target, class_weight, lse, neg_entropy, *given, *ctx.plan, mask
+        x, weight, bias, target, class_weight, lse, neg_entropy, *given, *ctx.plan, mask, **ctx.prefer
     )
     return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
 

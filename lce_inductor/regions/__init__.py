@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import NamedTuple
 
 import torch
 from torch._inductor.virtualized import V
@@ -16,11 +17,24 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.values import device_type, has_hint, numel_hint, same, size_hint, source
 from ..graph.write import sort
-from ..lower.plan import ChunkPlan, Plan, Request, chunks, planned, policy_of, saves_little, why_not_on
+from ..lower.plan import (
+    ChunkPlan,
+    Plan,
+    Request,
+    capabilities,
+    chunks,
+    peak_bytes,
+    planned,
+    policy_of,
+    saves_little,
+    training,
+    why_not_on,
+)
 from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
 from ..schedule.request import request_of
 from ..spec.program import parse
+from ..spec.statistics import LSE, TARGET
 from .aten_ops import Crossing, at, bound, rank
 from .fused import NotFused
 from .heads import factors, is_product
@@ -43,6 +57,16 @@ _SAME = (
 )  # fmt: skip
 
 
+class Alternative(NamedTuple):
+    """What prefer='memory' would make of a head of which nothing is saved without: bytes that a step adds at its peak,
+    gradients included, and its products; both also of torch.compile alone."""
+
+    bytes: int
+    bytes_alone: int
+    products: int
+    products_alone: int
+
+
 @dataclasses.dataclass
 class Head:
     """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
@@ -51,7 +75,7 @@ class Head:
     lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside
     could read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a
     training step. ops: what computes it now. request, plan: of the kernels' call, of that for
-    the gradients where there are two.
+    the gradients where there are two. for_memory: where that is no empty word, see Alternative.
     """
 
     node: Node
@@ -74,6 +98,7 @@ class Head:
     ops: list[Node] = dataclasses.field(default_factory=list)
     request: Request | None = None
     plan: Plan | None = None
+    for_memory: Alternative | None = None
 
     @staticmethod
     def of(node: Node) -> Head:
@@ -241,9 +266,9 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
         for head in mine:
             head.refusal = reason
     # Of several heads, torch.compile alone may hold the logits of all at once.
-    if len(chosen) == 1 and len(chosen[0].heads) == 1 and config.min_logits_bytes > 0 and config.chunk_tokens is None:
+    if len(chosen) == 1 and len(chosen[0].heads) == 1:
         head = heads[chosen[0].heads[0]]
-        if head.trains and not _deferred(head.node) and _saves_little(found.labels, head, config):
+        if head.trains and not _deferred(head.node) and _saves_little(found.labels, chosen[0], head, config):
             head.refusal = refuse("little-saved", head.node)
             return []
     return chosen
@@ -265,9 +290,39 @@ def _origin(node: Node) -> Node:
     return node
 
 
-def _saves_little(labels: Labels, head: Head, config: Config) -> bool:
+def _saves_little(labels: Labels, region: Region, head: Head, config: Config) -> bool:
+    """Is the head to be left alone for that? Says of it, too, what prefer='memory' would save."""
     dw = any(s.kind == "dw" for s in labels.sinks)
-    return saves_little(head.chunks(config), *head.sizes, dw, policy_of(head.device).chunks)
+    policy, cut = policy_of(head.device), head.chunks(config)
+    little = saves_little(cut, *head.sizes, dw, policy.chunks)
+    if not little and cut.count > 1:
+        return False
+    other = _for_memory(labels, region, head, config, dw)
+    if config.prefer == "memory":
+        little = little and other is None
+    else:
+        head.for_memory = other
+    return little and config.min_logits_bytes > 0 and config.chunk_tokens is None
+
+
+def _for_memory(labels: Labels, region: Region, head: Head, config: Config, dw: bool) -> Alternative | None:
+    """None where it saves as little, or where the kernels, which alone have such a mode, don't compute the head."""
+    dtype, asked = head.node.meta["val"].dtype, LSE | TARGET
+    r = Request(
+        *head.sizes[:3], dtype, config.chunk_tokens or 0, config.workspace_bytes, asked, 1, grads=asked,
+        mask=(True, dw, False), prefer="memory",
+    )  # fmt: skip
+    policy, device = policy_of(head.device), capabilities(torch.device(head.device))
+    recompute = True if not region.merged else False if config.gradients == "forward" else None
+    step = training(r, device, policy, recompute)
+    alone = peak_bytes(ChunkPlan(r.N, 1, r.V), *head.sizes, dx=True, dw=dw)
+    if alone - step.peak_bytes < max(policy.chunks.least_saving, 1):
+        return None
+    try:
+        fused_calls(labels, region.heads, region.spaces)
+    except (NotFused, Crossing):
+        return None
+    return Alternative(step.peak_bytes, alone, 2 + dw + step.recompute, 2 + dw)
 
 
 def scheduled(decision: Decision, where: dict[Node, str]) -> None:
@@ -278,7 +333,9 @@ def scheduled(decision: Decision, where: dict[Node, str]) -> None:
             head.gradients = "recompute" if "recompute" in places else "".join(places)
             head.products += sum(where.get(op) == "recompute" for op in head.ops)
             assert head.request is not None
-            again = head.request._replace(stats=0) if head.gradients == "recompute" else head.request
+            again = head.request
+            if head.gradients == "recompute":
+                again = again._replace(stats=0, recompute=True)
             head.plan = planned(again, torch.device(head.device))
 
 

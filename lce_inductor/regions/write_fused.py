@@ -85,8 +85,9 @@ class _Stats:
         self.class_weight = None if match.class_weight is None else self._vector(match.class_weight)
         self.head = (x, weight, bias, target, self.class_weight)
         self.plan = (unparse(match.epilogue), config.chunk_tokens or 0, config.workspace_bytes)
+        self.prefer = {} if config.prefer == "speed" else {"prefer": config.prefer}
         epilogue, chunk, workspace = self.plan
-        self.node = call(ops.row_stats.default, *self.head, epilogue, match.stats, chunk, workspace)
+        self.node = call(ops.row_stats.default, *self.head, epilogue, match.stats, chunk, workspace, **self.prefer)
         self._of: dict[Any, Node] = {}
         self.values: dict[Node, Node] = {}
 
@@ -224,7 +225,7 @@ class _Stats:
         negent = self.stat("neg_entropy", ()) if g.neg_entropy is not None else None
         mask = [k in g.sinks for k in ("dx", "dw", "sum")]
         given = (row[name] for name in GRADIENTS)
-        op = call(ops.row_stats_backward.default, *self.head, lse, negent, *given, *self.plan, mask)
+        op = call(ops.row_stats_backward.default, *self.head, lse, negent, *given, *self.plan, mask, **self.prefer)
         for kind, node in g.sinks.items():
             part = self._result(op, kind, node)
             sums[node] = part if node not in sums else call(aten.add.Tensor, sums[node], part)

@@ -33,6 +33,8 @@ class HeadRecord:
             "recompute", or "" without any.
         held: rewritten, and yet something else in the graph needs the logits.
         joined: a loss whose head has a record of its own, in another graph.
+        prefer: "memory" where a rewritten head's kernels are to take less of it. hint: also of a rewritten head, of
+            which nothing is saved otherwise.
         told: False for what is no head as far as this graph shows; explain() may learn otherwise from what runs later.
     """
 
@@ -58,6 +60,7 @@ class HeadRecord:
     held: bool = False
     told: bool = True
     joined: bool = False
+    prefer: str = ""
 
     @property
     def rewritten(self) -> bool:
@@ -71,11 +74,14 @@ class HeadRecord:
     def how(self) -> str:
         """What computes a rewritten head, in words."""
         parts = {"kernels": "fused kernels", "region": f"a program of {self.steps} steps"}.get(self.tier, "")
-        return ", ".join(filter(None, [parts, self.products_text()]))
+        return ", ".join(filter(None, [parts, self.products_text(), self.prefer_text()]))
 
     def products_text(self) -> str:
         shared = f" for {self.together} heads" if self.together > 1 else ""
         return f"{self.products} products{shared}" if self.products else ""
+
+    def prefer_text(self) -> str:
+        return f"prefer={self.prefer!r}" if self.prefer else ""
 
     def refused(self, code: str, stop: str = "") -> HeadRecord:
         """The same head, left alone for this reason."""
@@ -91,6 +97,7 @@ class HeadRecord:
                 f"rewrote {self.source} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
                 *(f"  - {line}" for line in self.replaced),
                 *(f"  + {line}" for line in self.inserted),
+                *([f"  hint: {self.hint}"] if self.hint else []),
             ]
         where = f" at {self.stop}" if self.stop else ""
         return [
@@ -209,14 +216,28 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         together=head.together,
         gradients=head.gradients,
         held=refusal is None and head.node in existing,
+        prefer=config.prefer if config.prefer != "speed" and head.tier == "kernels" else "",
     )
+    other = _alternative(head.for_memory)
     if refusal is None:
-        return record
+        return dataclasses.replace(record, hint=other)
     if not head.losses and refusal.reason.code in ("returned", "no-loss"):
         record = record.refused("returned-loss-free")
         return dataclasses.replace(record, told=head.returned)
     record = record.refused(refusal.reason.code, _stop(refusal))
-    return dataclasses.replace(record, told=bool(head.losses) or head.returned)
+    hint = "; ".join(filter(None, [record.hint, other]))
+    return dataclasses.replace(record, hint=hint, told=bool(head.losses) or head.returned)
+
+
+def _alternative(other: Any) -> str:
+    """A regions.Alternative in words."""
+    if other is None:
+        return ""
+    return (
+        f"prefer='memory' would add {size_text(other.bytes)} at the peak of a step, gradients included, where "
+        f"torch.compile alone adds {size_text(other.bytes_alone)}; matrix products: {other.products} for its "
+        f"{other.products_alone}"
+    )
 
 
 def _of_stray(stray: Any) -> HeadRecord:

@@ -24,7 +24,8 @@ def outcome(record: HeadRecord) -> str:
         return record.code
     products = [record.products_text()] if record.products else []
     tier = {"kernels": ["kernels"], "region": [f"program of {record.steps} steps"]}.get(record.tier, [])
-    return ", ".join(["rewritten", *products, *tier, *(["held all the same"] if record.held else [])])
+    prefer = list(filter(None, [record.prefer_text()]))
+    return ", ".join(["rewritten", *products, *tier, *prefer, *(["held all the same"] if record.held else [])])
 
 
 def counted(record: HeadRecord) -> bool:
@@ -49,9 +50,11 @@ def rows(graphs: Iterable[tuple[str, tuple[HeadRecord, ...], str]]) -> list[str]
 
 
 def why(record: HeadRecord) -> list[str]:
-    """The paragraph below the table for what was left alone."""
-    if record.rewritten or counted(record):
+    """The paragraph below the table for what was left alone, or rewritten without a gain."""
+    if counted(record) or (record.rewritten and not record.hint):
         return []
+    if record.rewritten:
+        return ["", record.source, f"  hint: {record.hint}"]
     return [
         "",
         record.source,

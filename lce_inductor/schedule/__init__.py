@@ -14,9 +14,11 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.values import device_type
 from ..graph.write import sort
+from ..lower.plan import capabilities, policy_of, training
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
 from .needed import ALL, needed_rows
+from .request import request_of
 from .tangents import Illegal, heads_of, row_gradients
 
 log = logging.getLogger("lce_inductor")
@@ -46,8 +48,8 @@ def move(graph: Graph, config: Config) -> dict[Node, str]:
     for forward, backward in found:
         name = rewrite.describe(forward)
         where[forward] = "recompute"
-        if config.gradients == "recompute":
-            log.debug("%s: gradients recompute the logits (4 products): gradients='recompute'", name)
+        if setting := _recomputed(forward, backward, config):
+            log.debug("%s: gradients recompute the logits (4 products): %s", name, setting)
             rewrite.recompute(graph, forward, backward)
             continue
         gradients = row_gradients(graph, forward, backward)
@@ -61,6 +63,17 @@ def move(graph: Graph, config: Config) -> dict[Node, str]:
         where[forward] = "forward"
         log.debug("%s: gradients are computed in the forward (3 products)", name)
     return where
+
+
+def _recomputed(forward: Node, backward: Node, config: Config) -> str:
+    """The setting that leaves a head's gradients to its backward, whether or not the forward could have them."""
+    if config.gradients == "recompute":
+        return "gradients='recompute'"
+    if config.prefer == "memory" and config.gradients == "auto":
+        device = forward.args[0].meta["val"].device  # type: ignore[union-attr]
+        if training(request_of(forward, backward), capabilities(device), policy_of(device.type)).recompute:
+            return "prefer='memory'"
+    return ""
 
 
 def restrict(graph: Graph) -> bool:

@@ -19,6 +19,7 @@ def request_of(forward: Node, backward: Node | None) -> Request:
     N, H, V = map(size_hint, (*x.shape, weight.shape[0]))
     r = Request(N, H, V, x.dtype, chunk_tokens, workspace_bytes, stats, steps=parse(epilogue))
     r = r._replace(columns=0 if target is None else target.shape[1], bias=bias is not None, aligned=_is_aligned(weight))
+    r = r._replace(prefer=forward.kwargs.get("prefer", "speed"))  # type: ignore[arg-type]
     if backward is None:
         return r
     grads = sum(GRADIENTS[name] for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None)

@@ -46,7 +46,7 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
     # No guard comes of it: either form is right at any size.
     if planned(request_of(forward, backward), x.device).wide:
         args.append(True)
-    merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args)
+    merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args, **forward.kwargs)
     # Inside a checkpointed region everything else may be recomputed; this op's gradients are what is kept.
     _must_save(merged, forward)
     forward.replace_all_uses_with(merged)

@@ -73,6 +73,7 @@ class HeadArgs(NamedTuple):
         epilogue: parsed elementwise steps (see epilogue.py); () is the identity.
         chunk_tokens: rows of logits that may exist at a time; 0 lets the chunk plan decide.
         workspace_bytes: upper limit in bytes for one chunk of logits.
+        prefer: "speed", or "memory" where less of it is worth time.
     """
 
     x: Tensor
@@ -83,6 +84,7 @@ class HeadArgs(NamedTuple):
     epilogue: Steps
     chunk_tokens: int
     workspace_bytes: int
+    prefer: str = "speed"
 
 
 class RowGrads(NamedTuple):
