@@ -197,7 +197,7 @@ class _Stats:
         vector = self._vector(self.match.atoms[("in", "total", rest[0])])
         if name == "total":
             return call(aten.sum.default, vector)
-        return call(aten.index.Tensor, vector, [self.columns[rest[1]]])  # Inductor has no index_select
+        return call(aten.gather.default, vector, 0, self.columns[rest[1]])  # Inductor has no index_select
 
     # -- the backward
 

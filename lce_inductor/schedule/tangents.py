@@ -60,7 +60,7 @@ _LINEAR = {
     aten.clone.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.t.default,
     aten.transpose.int, aten._to_copy.default, prims.convert_element_type.default, aten.detach.default,
     aten.select_backward.default, aten.slice_backward.default, aten.constant_pad_nd.default,
-    aten.index_select.default,
+    aten.gather.default,
 }  # fmt: skip
 _REDUCING = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
 _ADD = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
