@@ -8,9 +8,9 @@ Chunks weigh memory against time (numbers of an H100):
   to `rows_per_hidden` * H rows, but no more than `most_bytes`; beyond, where dW is what counts, it is at most seven
   eighths of dW: 1.75 H rows. Never fewer than `least_rows` for these reasons.
 * A backward that computes the logits again may cut the classes instead of the rows (head_classes.py). Of as many bytes,
-  a block has more classes than a chunk has rows where N < V, and costs less: the sums are dX's, not dW's. Loss, dX and
-  dW without the forward took 38.5 ms for 39.2 at 16384 x 2048 x 131072, in blocks of 1 GiB, and 13.7 for 12.4 at
-  32768 x 768 x 50304 (library products beside the anchored softmax, which is why that one is chosen before them).
+  a block has more classes than a chunk has rows where N < V, and costs less: the sums are dX's, not dW's. Blocks of
+  1 GiB by library products took 38.5 ms for the anchored softmax's 39.2 at 16384 x 2048 x 131072, and 13.7 for its 12.4
+  at 32768 x 768 x 50304: where it can be had, it is chosen before them.
 * A chunk of less than `least_bytes` is not worth its launches, and a head is not worth chunks that save less than
   `least_saving`: sums, and the pass that multiplies dW by the tangent, cost 3 to 200% of steps of 1 to 10 ms.
 * The caller's `workspace_bytes` is a limit and always wins.
@@ -169,7 +169,8 @@ POLICIES = {
         # Blocks of 512 to 4096 classes take the same time, and all less than chunks of 512 rows: 2.35 for 2.45 s at
         # 2048 x 512 x 32768 and 2.41 for 2.61 at 512 x 1024 x 65536 (fp32, one thread).
         Classes(bytes=16 << 20, least=512, most=2048, tile=16),
-        # Chunks of 64 rows cost 14 to 27% there, and a fourth product 35%.
+        # In fp32, chunks of 128 rows cost 8% of the three products' time there, and chunks of 64 rows 28% and 14%; a
+        # fourth product, in blocks of classes, 31% and 27%.
         Memory(bytes=16 << 20, least_rows=64),
     ),
 }
