@@ -208,6 +208,12 @@ def _gather(z: PendingLogits, dim: Any = None, index: Any = None, **kwargs: Any)
         return NotImplemented
 
 
+def _argmax(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
+    """It has no gradient: answered by chunks of rows where the logits have no other steps than casts."""
+    found = _detach(z)
+    return NotImplemented if isinstance(found, PendingLogits) else found.argmax(*args, **kwargs)
+
+
 def _contiguous(z: PendingLogits, memory_format: Any = torch.contiguous_format) -> Any:
     return z if memory_format is torch.contiguous_format else NotImplemented
 
@@ -217,7 +223,7 @@ def _detach(z: PendingLogits) -> Any:
     z.check()
     if all(step.name == "to" for step in z.spec.steps):
         dtypes = (z.spec.compute_dtype, *(step.args[0] for step in z.spec.steps))
-        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False))
+        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False, pending=True))
     return z.alias()
 
 
@@ -248,6 +254,7 @@ _RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(_named("contiguous"), _contiguous),
     **dict.fromkeys(_named("detach"), _detach),
+    **dict.fromkeys(_named("argmax"), _argmax),
     T.float: lambda z: _cast(z, torch.float32),
     T.double: lambda z: _cast(z, torch.float64),
     T.half: lambda z: _cast(z, torch.float16),

@@ -64,7 +64,10 @@ def compute(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tenso
     dtype = spec.compute_dtype
     # The reader may be under autocast; the logits are those of the moment of the call.
     with torch.autocast(x.device.type, enabled=False):
-        z = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        # Rows in one dimension: of some of a sequence F.linear may make a batch of products.
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        z = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        z = z.view(*x.shape[:-1], weight.shape[0])
         for step in spec.steps:
             z = STEPS[step.name](z, *step.args)
     return z

@@ -13,7 +13,7 @@ from corpus.harness import no_codegen_backend
 from torch import Tensor, nn
 
 import lce_inductor
-from lce_inductor.pending.logits import PendingLogits
+from lce_inductor.deferred_heads.logits import PendingLogits
 from lce_inductor.reporting import history
 
 B, T, H, V = 2, 7, 8, 101
@@ -127,6 +127,22 @@ def test_bad_input_is_eagers_error(call: Callable[[Tensor, Tensor], Tensor]) -> 
     lce_inductor.defer(head)
     with pytest.raises(type(expected.value)):
         call(head(x), y)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_rows_of_every_length(grad: bool) -> None:
+    """torchtune's, of a policy and of a reference without gradients; the rows are not all of a batch."""
+    head = nn.Linear(H, V)
+    plain = copy.deepcopy(head)
+    lce_inductor.defer(head)
+    with torch.set_grad_enabled(grad):
+        for t in (T, T - 2, T - 1):
+            x, y = torch.randn(B, t, H), torch.randint(0, V, (B, t - 1, 1))
+            for read in (lambda z: torch.gather(F.log_softmax(z[:, :-1] / 0.7, dim=-1), 2, y), lambda z: z.argmax(-1)):
+                torch.testing.assert_close(read(head(x)), read(plain(x)))
+    report = lce_inductor.report()
+    assert (report.rewritten, report.left_alone) == (2, 0)
+    assert all(reads.pending for reads in report.reads)
 
 
 def test_a_helper_of_unknown_sizes() -> None:
