@@ -22,8 +22,8 @@ from ..deferred_logits.tensor import DeferredLogits
 from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
 from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, of_parts, parts, real
-from .loss import cross_entropy
-from .steps import Step
+from .loss import cross_entropy, of_rows
+from .steps import Step, compute_classes
 
 T = torch.Tensor
 
@@ -78,6 +78,19 @@ def _scale_in_place(name: str) -> Callable:
             )
         z.write(Step(name, (other,)))
         return z
+
+    return rule
+
+
+def _softmax(name: str) -> Callable:
+    def rule(z: PendingLogits, dim: Any = None, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        given = [a for a in (*args, dtype) if isinstance(a, torch.dtype)]
+        if dim not in (-1, z.dim() - 1) or kwargs.keys() - {"_stacklevel"}:
+            return NotImplemented
+        # Autocast may have a dtype of its own for it.
+        one = torch.empty(1, dtype=z.dtype, device=z.device)
+        dtype = getattr(torch, name)(one, -1, dtype=given[0] if given else None).dtype
+        return _wait(z, name, dtype, dtype=dtype)
 
     return rule
 
@@ -174,6 +187,37 @@ def _is_all(i: Any) -> bool:
     return isinstance(i, slice) and i == slice(None)
 
 
+# -- numbers of each row
+
+
+def _of_softmax(name: str) -> Callable:
+    """Without a softmax these need no logits, and their gradient is as large as they: so it would be if compiled."""
+    rule = of_rows(name)
+    return lambda z, *args, **kwargs: rule(z, *args, **kwargs) if z.spec.normalized else NotImplemented
+
+
+def _gather(z: PendingLogits, dim: Any = None, index: Any = None, **kwargs: Any) -> Any:
+    """The logit of a class is the product of two rows, one of x and one of the weight."""
+    if z.spec.normalized:
+        return of_rows("gather")(z, dim, index, **kwargs)
+    x, weight, bias = parts(z)
+    plain = not kwargs and z.spec.elementwise and dim in (-1, z.dim() - 1)
+    if not plain or not isinstance(index, Tensor) or index.dtype != torch.long or index.shape[:-1] != z.shape[:-1]:
+        return NotImplemented
+    if index.shape[-1] * x.shape[-1] > z.shape[-1]:
+        return NotImplemented  # these rows of the weight would take more than the logits
+    try:
+        return compute_classes(x, weight, bias, index, z.spec)
+    except IndexError:  # a class that is none: the error is to be eager's
+        return NotImplemented
+
+
+def _argmax(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
+    """It has no gradient: answered by chunks of rows where the logits have no other steps than casts."""
+    found = _detach(z)
+    return NotImplemented if isinstance(found, PendingLogits) else found.argmax(*args, **kwargs)
+
+
 def _contiguous(z: PendingLogits, memory_format: Any = torch.contiguous_format) -> Any:
     return z if memory_format is torch.contiguous_format else NotImplemented
 
@@ -183,7 +227,7 @@ def _detach(z: PendingLogits) -> Any:
     z.check()
     if all(step.name == "to" for step in z.spec.steps):
         dtypes = (z.spec.compute_dtype, *(step.args[0] for step in z.spec.steps))
-        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False))
+        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False, pending=True))
     return z.alias()
 
 
@@ -201,6 +245,12 @@ _ROW_RULES: dict[Any, Callable] = {
     **{f: _rows((0,), default=0, func=f) for f in _named("unbind")},
     **{f: _rows((1,), default=0, func=f) for f in _named("split", "chunk", "tensor_split", "split_with_sizes")},
     T.__getitem__: _index,
+    **dict.fromkeys((F.log_softmax, *_named("log_softmax")), _softmax("log_softmax")),
+    **dict.fromkeys((F.softmax, *_named("softmax")), _softmax("softmax")),
+    **dict.fromkeys(_named("logsumexp"), of_rows("logsumexp")),
+    **dict.fromkeys(_named("sum"), _of_softmax("sum")),
+    **dict.fromkeys(_named("mean"), _of_softmax("mean")),
+    **dict.fromkeys(_named("gather"), _gather),
 }
 
 _RULES: dict[Any, Callable] = {
@@ -208,6 +258,7 @@ _RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(_named("contiguous"), _contiguous),
     **dict.fromkeys([*_named("detach"), T.data.__get__], _detach),  # type: ignore[attr-defined]
+    **dict.fromkeys(_named("argmax"), _argmax),
     T.float: lambda z: _cast(z, torch.float32),
     T.double: lambda z: _cast(z, torch.float64),
     T.half: lambda z: _cast(z, torch.float16),
@@ -218,6 +269,7 @@ _RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("mul_", "multiply_", "__imul__"), _scale_in_place("mul")),
     **dict.fromkeys(_named("div_", "divide_", "true_divide_", "__itruediv__"), _scale_in_place("div")),
     **dict.fromkeys(_named("tanh"), lambda z: _wait(z, "tanh")),
+    **dict.fromkeys(_named("neg", "negative", "__neg__"), lambda z: _wait(z, "neg")),
     F.cross_entropy: cross_entropy,
 }
 

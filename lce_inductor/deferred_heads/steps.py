@@ -14,6 +14,9 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "mul": torch.mul,
     "div": torch.div,
     "tanh": torch.tanh,
+    "neg": torch.neg,
+    "softmax": lambda z, dtype: torch.softmax(z, -1, dtype=dtype),
+    "log_softmax": lambda z, dtype: torch.log_softmax(z, -1, dtype=dtype),
     "classes": lambda z, start, stop: z[..., start:stop],
     "permute": torch.permute,
 }
@@ -45,13 +48,41 @@ class Spec:
         """Are the classes no longer in the last dimension?"""
         return any(step.name == "permute" for step in self.steps)
 
+    @property
+    def normalized(self) -> bool:
+        """Is each row normalized by a softmax?"""
+        return any(step.name in ("softmax", "log_softmax") for step in self.steps)
+
+    @property
+    def elementwise(self) -> bool:
+        """Does each step act on each logit by itself?"""
+        return all(step.name in ("to", "mul", "div", "tanh", "neg") for step in self.steps)
+
 
 def compute(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
     """The logits: the product, and what waited for it."""
     dtype = spec.compute_dtype
     # The reader may be under autocast; the logits are those of the moment of the call.
     with torch.autocast(x.device.type, enabled=False):
-        z = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        # Rows in one dimension: of some of a sequence F.linear may make a batch of products.
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        z = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        z = z.view(*x.shape[:-1], weight.shape[0])
+        for step in spec.steps:
+            z = STEPS[step.name](z, *step.args)
+    return z
+
+
+def compute_classes(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, spec: Spec) -> Tensor:
+    """The logits of classes index [..., K] alone, where all steps are elementwise."""
+    dtype = spec.compute_dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = F.embedding(index, weight).to(dtype).to(wide)
+        z = (rows @ x.to(dtype).to(wide).unsqueeze(-1)).squeeze(-1)
+        if bias is not None:
+            z = z + bias[index].to(dtype)
+        z = z.to(dtype)
         for step in spec.steps:
             z = STEPS[step.name](z, *step.args)
     return z

@@ -51,6 +51,7 @@ class Spec:
 
     compute_dtype is the dtype of the linear layer (what autocast made of it), dtypes what its result is cast to, one
     after the other. The epilogue acts before the first of these casts or after it. views act on the logits at last.
+    pending: they are those of a head under defer(), detached.
     """
 
     epilogue: str
@@ -59,6 +60,7 @@ class Spec:
     dtypes: tuple[torch.dtype, ...]
     requires_grad: bool
     views: tuple[View, ...] = ()
+    pending: bool = False
 
 
 class _NoGradient(torch.autograd.Function):
@@ -190,7 +192,8 @@ class DeferredLogits(Tensor):
         if not traced(x):
             whole = self.inner.get("x_owner", x)  # these may be some of its rows
             rows, hidden = x.shape[:-1].numel(), max(x.shape[-1], 1)
-            deferred_read(whole.numel() // hidden, rows, weight.shape[0], spec.dtypes[-1].itemsize)
+            itemsize = spec.dtypes[-1].itemsize
+            deferred_read(whole.numel() // hidden, rows, weight.shape[0], itemsize, pending=spec.pending)
         bias = None if bias is None else bias.to(spec.compute_dtype)
 
         def logits(x: Tensor) -> Tensor:

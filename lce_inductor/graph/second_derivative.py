@@ -37,13 +37,14 @@ def inputs_of(nodes: Iterable[Any]) -> list[Node]:
 
 def _differentiated(graph: Graph) -> list[Node]:
     """Inputs that the graph has gradients of, but for those it writes to: the backward would see them changed."""
-    inputs = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
-    inputs = [n for n in inputs if not _is_written(n)]
+    holes = graph.find_nodes(op="placeholder")
+    # A tensor subclass of unknown sizes is taken apart into tensors and those sizes.
+    inputs = [n for n in holes if isinstance(n.meta.get("val"), torch.Tensor) and not _is_written(n)]
     gradients = {_base(getattr(_base(d), "grad_of", None)) for d in graph.output_node().meta.get("desc") or ()}
     found = [n for n in inputs if n.meta.get("desc") is not None and _base(n.meta["desc"]) in gradients]
     # Without descriptions of what is what: all that could be.
-    primals = [n for n in inputs if str(n.target).startswith("primals")]
-    return found or [n for n in primals if n.meta["val"].is_floating_point()]
+    values = [(n, n.meta["val"]) for n in inputs if str(n.target).startswith("primals")]
+    return found or [n for n, value in values if value.is_floating_point()]
 
 
 def _base(description: Any) -> Any:

@@ -27,7 +27,7 @@ from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.fx_utils import get_node_storage
 from torch._inductor.virtualized import V
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .registry import Case
 
@@ -92,6 +92,13 @@ class _Watcher(torch.fx.Interpreter):
         return result
 
 
+def _no_view(t: Tensor) -> Tensor:
+    """The same memory. What Inductor's code returns is no view to autograd: others may write to it."""
+    if not t._is_view() or type(t) is not Tensor:
+        return t
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+
 def no_codegen_backend(records: list[GraphRecord]) -> Callable[..., Any]:
     """A torch.compile backend: all of Inductor's graph passes, no code generation."""
 
@@ -110,7 +117,8 @@ def no_codegen_backend(records: list[GraphRecord]) -> Callable[..., Any]:
             taken = list(args)
             args.clear()
             with torch.no_grad():
-                return _Watcher(gm, record).run(*taken, enable_io_processing=False)
+                out = _Watcher(gm, record).run(*taken, enable_io_processing=False)
+            return tree_map_only(Tensor, _no_view, out)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
