@@ -33,8 +33,8 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     _inside.now = True
     try:
-        # A loop that compiles nothing may keep its graph for a second backward.
-        with functorch_config.patch(donated_buffer=False):
+        # A loop that compiles nothing may keep its graph for a second backward. That cache would not tell the two apart.
+        with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
             return _compiled(func, _kind(kwargs), *map(_kind, args))(*args, **kwargs)
     except torch._dynamo.exc.TorchRuntimeError:  # bad input: the error is to be eager's
         return NotImplemented
