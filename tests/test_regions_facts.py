@@ -15,12 +15,12 @@ from lce_inductor.regions.aten_ops import (
     RULES,
     Crossing,
     bound,
-    counts_rows,
     fact,
     moved_dims,
     operand_tags,
     result_tags,
 )
+from lce_inductor.regions.index_ops import counts_rows
 from lce_inductor.regions.spaces import forward_move
 from lce_inductor.regions.tags import LOCAL, ONE, ROW
 
