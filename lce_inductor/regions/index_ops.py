@@ -31,6 +31,9 @@ def index_put(node: Node) -> Fact:
     x, indices, values = a["self"], list(a["indices"]), a["values"]
     m, given = rank(x), [(d, i) for d, i in enumerate(indices) if i is not None]
     few = rank(values)
+    if is_masked(node):
+        same: Map = list(range(m))
+        return Fact([(x, same), (indices[0], same), (values, [])], kind="masked")
     if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x) and few <= 1:
         return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0] if few else [])], kind="put")  # type: ignore[list-item]
     if len(given) != 1 or (few and (few != m or rank(given[0][1]) != 1)):
@@ -38,6 +41,17 @@ def index_put(node: Node) -> Fact:
     d, i = given[0]
     mapped: Map = [None if e == d else e for e in range(m)]
     return Fact([(x, mapped), (i, [None] * rank(i)), (values, mapped if few else [])], kind="index_put")
+
+
+def is_masked(node: Node) -> bool:
+    """Is one number put wherever a bool for each element says so?"""
+    a = bound(node)
+    indices, shape = list(a["indices"]), shape_of(a["self"]) or ()
+    if len(indices) != 1 or not isinstance(indices[0], Node) or rank(a["values"]) != 0:
+        return False
+    here = shape_of(indices[0]) or ()
+    alike = len(here) == len(shape) > 0 and all(map(same_size, here, shape))
+    return alike and indices[0].meta["val"].dtype == torch.bool
 
 
 def counts_rows(index: Node, x: Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph.values import size_hint
+from ..graph.values import lifted, size_hint
 from ..spec.program import Program
 from ..spec.statistics import BITS, LSE, NEG_ENTROPY
 from . import algebra
@@ -17,6 +17,7 @@ from .aten_ops import Crossing
 from .emit import Emitter
 from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
+from .index_ops import is_masked
 from .labels import Labels, Sink
 from .spaces import Space
 from .tags import LOCAL, ROW, is_one, product, same_size, shape_of
@@ -356,10 +357,15 @@ def same_rows(node: Any) -> Any:
         return repr(node)
     while node.target in _SHAPE_ONLY:
         node = node.args[0]
+    args = list(node.args)
+    if masked := node.target is aten.index_put.default and is_masked(node):
+        args[1] = args[1][0]
     if node.op != "call_function" or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        if (number := lifted(node)) is not None:
+            return ("number", str(node.meta["val"].dtype), repr(number))
         if node.target in (aten.full.default, aten.scalar_tensor.default) and not node.all_input_nodes:
             return ("number", str(node.meta["val"].dtype), repr(node.args[-1]))
-        if node.target is not aten.where.self:
+        if node.target is not aten.where.self and not masked:
             return node.name
     whole = product(shape_of(node) or ())
 
@@ -367,7 +373,7 @@ def same_rows(node: Any) -> Any:
         count = product(shape_of(a) or ()) if isinstance(a, Node) else whole
         return same_rows(a) if is_one(count) or same_size(count, whole) else a.name
 
-    return (str(node.target), *map(operand, node.args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
+    return (str(node.target), *map(operand, args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
 
 
 def _matrix(node: Any, turned: bool = False) -> tuple[Node, bool]:
