@@ -16,6 +16,7 @@ from . import regions
 from .config import Config
 from .graph.backup import Backup
 from .graph.simplify import simplify, writes_to_slices
+from .graph.values import collectives
 from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
@@ -106,7 +107,7 @@ class HeadsPass(_Pass):
                 decision = regions.decide(graph, self.config)
             if decision.chosen:
                 backup = backup or Backup(graph)
-                self._rewrite(graph, decision)
+                self._rewrite(graph, decision, backup)
             elif simplified and backup is not None:
                 backup.restore()
         except Exception:
@@ -117,7 +118,8 @@ class HeadsPass(_Pass):
             graph.eliminate_dead_code()  # there is no way back from it: the last step
         watch.saw(records.records_of(decision, self.config, set(graph.nodes)), self.config)
 
-    def _rewrite(self, graph: Graph, decision: regions.Decision) -> None:
+    def _rewrite(self, graph: Graph, decision: regions.Decision, backup: Backup) -> None:
+        order = collectives(graph)
         regions.apply(graph, decision, self.config)
         where = move(graph, self.config)
         if where:
@@ -125,6 +127,10 @@ class HeadsPass(_Pass):
         restrict(graph)
         regions.scheduled(decision, where)
         graph.lint()
+        if collectives(graph) != order:
+            backup.restore()
+            decision.leave("collective-order")
+            return
         _count_gradients(decision, where)
 
 

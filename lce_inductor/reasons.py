@@ -40,6 +40,18 @@ _ROWS = (
         "none: what comes out of it is another layer's input",
     ),
     Reason(
+        "collective",
+        "processes exchange the logits, or values of rows that come back to the logits otherwise than in a softmax "
+        "over the classes of all processes",
+        "split the head by classes and leave its logits so: ColwiseParallel(output_layouts=Shard(-1), "
+        "use_local_output=False), and loss_parallel() around the loss",
+    ),
+    Reason(
+        "collective-order",
+        "the rewrite would change the order of collectives, in which all processes must agree",
+        "compute the labels, and what else the loss reads, before the first collective that reads the logits",
+    ),
+    Reason(
         "random",
         "random numbers of the size of the logits are drawn (dropout, Gumbel noise)",
         "draw them before the head, or leave dropout out of the logits",

@@ -1,6 +1,6 @@
 """One of two processes of test_distributed.py: trains a small model in every way that torch.distributed has.
 
-    python distributed_worker.py RANK STORE DEVICE
+    python distributed_worker.py RANK STORE DEVICE [SCENARIO ...]
 
 Each scenario runs one step on half of a batch and compares loss and gradients with those of one uncompiled process on
 the whole batch. Prints a JSON object: scenario -> what the passes did, and the largest relative error.
@@ -45,20 +45,22 @@ class Block(nn.Module):
 
 
 class HeadAndLoss(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, classes: int, reduction: str) -> None:
         super().__init__()
-        self.head = nn.Linear(H, V)
+        self.head = nn.Linear(H, classes)
+        self.reduction = reduction
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(x).float(), y)
+        loss = F.cross_entropy(self.head(x).float(), y, reduction=self.reduction)
+        return loss if loss.dim() == 0 else loss.square().sum()
 
 
 class Model(nn.Module):
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, classes: int = V, reduction: str = "mean") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.tail = HeadAndLoss()
+        self.tail = HeadAndLoss(classes, reduction)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for block in self.blocks:
@@ -84,12 +86,14 @@ class Setting:
     def compile(self, fn: Any, **options: Any) -> Any:
         return torch.compile(fn, backend=self.backend, **options)
 
-    def model(self) -> Model:
-        return Model().to(self.device)
+    def model(self, **options: Any) -> Model:
+        return Model(**options).to(self.device)
 
-    def batch(self) -> tuple[Tensor, Tensor]:
+    def batch(self, classes: int = V) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(1)
-        x, y = torch.randn(N, H, generator=g), torch.randint(0, V, (N,), generator=g)
+        x, y = torch.randn(N, H, generator=g), torch.randint(0, classes, (N,), generator=g)
+        if classes != V:
+            y[::5] = -100
         return x.to(self.device), y.to(self.device)
 
     def part(self) -> tuple[Tensor, Tensor]:
@@ -143,16 +147,86 @@ def fsdp(s: Setting, per_block: bool, reshard: bool = True, mixed: bool = False)
 
 def tensor_parallel(s: Setting, sharded_loss: bool) -> list[Tensor]:
     """The head split by classes; every rank has the whole batch."""
+    if sharded_loss:
+        return vocabulary_parallel(s)
     model = s.model()
-    layouts = (
-        {"output_layouts": Shard(-1), "use_local_output": False} if sharded_loss else {"output_layouts": Replicate()}
-    )
-    parallelize_module(model.tail, s.mesh, {"head": ColwiseParallel(**layouts)})
+    parallelize_module(model.tail, s.mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+    return step(s.compile(model), model, s.batch())
+
+
+def vocabulary_parallel(s: Setting, bf16: bool = False, sequence: bool = False, **options: Any) -> list[Tensor]:
+    """The head and its loss split by classes. sequence: the layers before have a part of the rows each."""
+    model = s.model(**options)
+    layouts = {"input_layouts": Shard(0)} if sequence else {}
+    plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False, **layouts)
+    parallelize_module(model.tail, s.mesh, {"head": plan})
+    batch = s.batch(options.get("classes", V))
     run = s.compile(model)
-    if not sharded_loss:
-        return step(run, model, s.batch())
-    with loss_parallel():
-        return step(run, model, s.batch())
+    with loss_parallel(), torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
+        found = step(run, model, (s.part()[0] if sequence else batch[0], batch[1]))
+    for gradient in found[1:-2] if sequence else []:
+        dist.all_reduce(gradient)
+    return found
+
+
+class VocabularyParallel(torch.autograd.Function):
+    """The loss of each row, as Megatron-LM has it: the logits are split by classes."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, first: int) -> Tensor:
+        top = z.max(dim=-1)[0]
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        z = z - top.unsqueeze(-1)
+        outside = (y < first) | (y >= first + z.shape[-1])
+        local = y.clone() - first
+        local[outside] = 0
+        picked = z[torch.arange(len(y), device=y.device), local].clone()
+        picked[outside] = 0.0
+        dist.all_reduce(picked)
+        exps = z.exp()
+        total = exps.sum(-1)
+        dist.all_reduce(total)
+        ctx.save_for_backward(exps / total.unsqueeze(-1), outside, local)
+        return total.log() - picked
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        p, outside, local = ctx.saved_tensors
+        dz = p.clone()
+        dz[torch.arange(len(dz), device=dz.device), local] -= 1.0 - outside.to(dz.dtype)
+        return dz * g.unsqueeze(-1), None, None
+
+
+class Everywhere(torch.autograd.Function):
+    """What every rank goes on with: its gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        g = g.clone()
+        dist.all_reduce(g)
+        return g
+
+
+def by_hand(s: Setting) -> list[Tensor]:
+    """The same without DTensor: each rank has its classes as plain parameters, and calls torch.distributed itself."""
+    model = s.model()
+    count = V // WORLD
+    here = slice(s.rank * count, (s.rank + 1) * count)
+    head = model.tail.head
+    head.weight, head.bias = (nn.Parameter(p.detach()[here].clone()) for p in (head.weight, head.bias))
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        for block in model.blocks:
+            x = block(x)
+        return VocabularyParallel.apply(head(Everywhere.apply(x)).float(), y, here.start).mean()
+
+    found = step(s.compile(fn), model, s.batch())
+    shards = [DTensor.from_local(t, s.mesh, [Shard(0)]).full_tensor() for t in found[-2:]]
+    return [*found[:-2], *shards]
 
 
 def replicated(s: Setting) -> list[Tensor]:
@@ -189,14 +263,23 @@ SCENARIOS: dict[str, tuple[Callable[[Setting], list[Tensor]], str]] = {
     "fsdp2 per block, bf16": (lambda s: fsdp(s, per_block=True, mixed=True), "auto"),
     "tensor-parallel head": (lambda s: tensor_parallel(s, sharded_loss=False), "auto"),
     "tensor-parallel head, loss_parallel": (lambda s: tensor_parallel(s, sharded_loss=True), "auto"),
+    "loss_parallel, bf16": (lambda s: vocabulary_parallel(s, bf16=True), "auto"),
+    "loss_parallel, rows of each rank": (lambda s: vocabulary_parallel(s, sequence=True), "auto"),
+    "loss_parallel, uneven": (lambda s: vocabulary_parallel(s, **UNEVEN), "auto"),
+    "loss_parallel, uneven, of each row": (lambda s: vocabulary_parallel(s, **UNEVEN_ROWS), "auto"),
+    "Megatron's loss": (by_hand, "auto"),
     "replicated DTensor head": (replicated, "auto"),
 }
+# Of other models than the rest: not as many classes on each rank, ignored labels.
+UNEVEN, UNEVEN_ROWS = {"classes": 131, "reduction": "sum"}, {"classes": 131, "reduction": "none"}
+OTHER_MODELS = {"loss_parallel, uneven": UNEVEN, "loss_parallel, uneven, of each row": UNEVEN_ROWS}
 
 
-def measure(s: Setting, run: Callable[[Setting], list[Tensor]], gradients: str) -> dict[str, Any]:
+def measure(s: Setting, name: str) -> dict[str, Any]:
     """What the passes did, and the largest error of a loss or gradient relative to its norm."""
-    model = s.model()
-    expected = step(model, model, s.batch())
+    (run, gradients), options = SCENARIOS[name], OTHER_MODELS.get(name, {})
+    model = s.model(**options)
+    expected = step(model, model, s.batch(options.get("classes", V)))
     s.graphs = 0
     torch._dynamo.reset()
     counters.clear()
@@ -220,9 +303,9 @@ def main(rank: int, store: str, device: str) -> None:
     )
     setting = Setting(rank, device)
     found: dict[str, Any] = {}
-    for name, (run, gradients) in SCENARIOS.items():
+    for name in sys.argv[4:] or SCENARIOS:
         try:
-            found[name] = measure(setting, run, gradients)
+            found[name] = measure(setting, name)
         except Exception:  # the other scenarios go on
             found[name] = {"raised": traceback.format_exc()[-2000:]}
     print("\n" + json.dumps(found))

@@ -72,6 +72,7 @@ REACHED: dict[str, tuple[Text, int]] = {
     "label smoothing scattered": (Text(Z + "with torch.no_grad():\n    t = torch.full_like(z, 0.1 / 36)\n    t.scatter_(1, y.unsqueeze(1), 0.9)\nreturn F.kl_div(z.log_softmax(-1), t, reduction='none').sum() / 24"), N),
     "logsumexp of differences": (Text(Z + STABLE + "return F.softplus(-m).mean()"), N),
     "labels written between two losses": (Text(Z3 + f"loss = F.cross_entropy(z[:, :-1].flatten(0, 1), y3[:, 1:].flatten(), ignore_index=3)\nt, z = y3[:, 1:].clone(), z[:, :-1]\nkeep = t != 3\nt[t == 3] = 0\nlogp = torch.gather(z, -1, t[..., None]).squeeze(-1) - {ROWS}\nreturn loss - (logp * keep).sum(-1).mean()"), N - 4),
+    "a number put by a mask": (Text(Z + "z[z < -0.5] = -0.5\nreturn F.cross_entropy(z, y)"), N),
     "slice divided in place": (Text(Z3 + "z = z[:, :-1, :]\nz.div_(0.9)\nreturn (z.logsumexp(-1) - z.gather(-1, y3[:, 1:].unsqueeze(-1)).squeeze(-1)).mean()"), N - 4),
     "slices divided in place": (Text(Z3 + f"z = z[:, :-1, :]\nz = z[:, -4:, :]\nz = z.div_(0.7)\nreturn (z.gather(-1, y3[:, 2:, None]).squeeze(-1) - {ROWS}).mean()"), N - 8),
 }  # fmt: skip

@@ -191,6 +191,8 @@ ELSEWHERE = {
     "product",
     "compiled-before",
     "device",  # test_other_gpus.py
+    "collective",  # test_collectives.py
+    "collective-order",
     "random",
     "no-loss",
     "internal-error",

@@ -15,12 +15,12 @@ from lce_inductor.regions.aten_ops import (
     RULES,
     Crossing,
     bound,
-    counts_rows,
     fact,
     moved_dims,
     operand_tags,
     result_tags,
 )
+from lce_inductor.regions.index_ops import counts_rows
 from lce_inductor.regions.spaces import forward_move
 from lce_inductor.regions.tags import LOCAL, ONE, ROW
 
@@ -62,6 +62,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "index by a matrix": (aten.index.Tensor, FLAT, [I[0]]),
     "pick": (aten.index.Tensor, FLAT, [torch.arange(3), LINE]),
     "index_put": (aten.index_put.default, X, [LINE], Y, True),
+    "index_put by a mask": (aten.index_put.default, X, [X > 0], torch.tensor(2.0, dtype=X.dtype)),
     "slice_scatter": (aten.slice_scatter.default, X, Y[:, :2], 1, 0, 2),
     "select_scatter": (aten.select_scatter.default, X, FLAT, 0, 1),
     "cat": (aten.cat.default, [X, Y], 1),

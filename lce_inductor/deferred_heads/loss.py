@@ -33,7 +33,7 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     _inside.now = True
     try:
-        # A loop that compiles nothing may keep its graph for a second backward. That cache would not tell the two apart.
+        # A loop that compiles nothing may keep its graph for a second backward; the cache would not tell these apart.
         with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
             return _compiled(func, _kind(kwargs), *map(_kind, args))(*args, **kwargs)
     except torch._dynamo.exc.TorchRuntimeError:  # bad input: the error is to be eager's

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Hint for a size that has none (data-dependent): large, as a loss over selected rows usually is.
 _UNKNOWN_SIZE = 8192
@@ -106,6 +107,29 @@ def is_given(node: Node) -> bool:
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node.op != "call_function"
+
+
+def lifted(node: Node) -> Any:
+    """The number of torch.tensor(number) in the user's code: a copy of a tensor that the graph holds."""
+    if node.target is not aten.lift_fresh_copy.default:
+        return None
+    with _disable_current_modes():  # it is a real tensor
+        value = getattr(node.graph.owning_module, str(node.args[0].target), None)  # type: ignore[union-attr]
+        plain = type(value) is torch.Tensor and value.dim() == 0 and value.device.type == "cpu"
+        return value.item() if plain else None  # type: ignore[union-attr]
+
+
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d")
+
+
+def is_collective(node: Node) -> bool:
+    """An exchange between processes, or the wait for one."""
+    return getattr(node.target, "namespace", "") in _COLLECTIVES
+
+
+def collectives(graph: Graph) -> list[Node]:
+    """In order. Each process must come to the same ones in the same order, or all wait forever."""
+    return [n for n in graph.nodes if is_collective(n)]
 
 
 def dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]:

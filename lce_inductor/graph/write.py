@@ -11,6 +11,8 @@ import torch
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
+from .values import collectives
+
 aten = torch.ops.aten
 
 
@@ -163,8 +165,31 @@ def fake_mode(values: Any) -> Any:
 
 def sort(graph: Graph) -> None:
     """Values may stand behind what now reads them."""
+    if collectives(graph):
+        _before_readers(graph)
+        return
     stable_topological_sort(graph)
     last = next(iter(reversed(graph.nodes)))
     output = next(iter(graph.find_nodes(op="output")))
     if output is not last:  # the sort may leave nodes behind it that nothing reads
         last.append(output)
+
+
+def _before_readers(graph: Graph) -> None:
+    """What a node reads comes to the node, instead of the node to what it reads, and past others like it: the order of
+    collectives is that of other processes, too."""
+    nodes, done = list(graph.nodes), set()
+    end = nodes[-1]
+    for node in sorted(nodes, key=lambda n: n.op == "output"):  # nothing stands behind the output
+        todo = [node]
+        while todo:
+            now = todo[-1]
+            missing = [a for a in now.all_input_nodes if a not in done]
+            if missing and now not in done:
+                todo += missing[::-1]
+                continue
+            todo.pop()
+            if now not in done:
+                done.add(now)
+                end.append(now)
+                end = now

@@ -151,6 +151,14 @@ class Decision:
     chosen: list[Region]
     strays: list[Stray] = dataclasses.field(default_factory=list)
 
+    def leave(self, code: str) -> None:
+        """What was to be rewritten stays as it is, for a reason that showed only then."""
+        for node in [n for region in self.chosen for n in region.heads]:
+            head = self.heads[node]
+            kept = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
+            self.heads[node] = dataclasses.replace(Head.of(node), refusal=refuse(code, node), **kept)
+        self.chosen = []
+
 
 def decide(graph: Graph, config: Config) -> Decision:
     """Which heads of a joint graph (or one of inference) are rewritten, and why others are not. Pure."""
@@ -201,6 +209,8 @@ def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tupl
     try:
         matches = fused_calls(labels, region.heads, region.spaces)
     except (NotFused, Crossing) as why:
+        if region.fused_only:
+            raise
         log.debug("%s: computed by its own program: %s", region.heads[0], why)
         return write(graph, labels, region, config), "region"
     return write_fused(graph, labels, matches, config), "kernels"

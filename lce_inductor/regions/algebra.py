@@ -112,3 +112,17 @@ def simplified(p: Poly) -> Poly:
         term = Poly({tuple(rest): c})
         out = out + (term * exp(inside) if inside.terms else term)
     return out
+
+
+def exponent(p: Poly, atom: Atom) -> tuple[Poly, Poly] | None:
+    """q, c of p = q exp(atom - c), if all terms of p have the same such factor."""
+    rest, found = Poly({}), set()
+    for monomial, coefficient in simplified(p).terms.items():
+        exps = [a for a in monomial if a[:2] == ("call", "exp") and dict(a[2]).get((atom,)) == 1.0]
+        if len(exps) != 1:
+            return None
+        found.add(exps[0])
+        rest = rest + Poly({tuple(a for a in monomial if a is not exps[0]): coefficient})
+    if len(found) != 1:
+        return None
+    return rest, Poly.atom(*atom) - Poly(dict(found.pop()[2]))

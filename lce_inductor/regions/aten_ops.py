@@ -16,6 +16,7 @@ import torch
 import torch._inductor.inductor_prims  # registers ops of joint graphs
 from torch.fx import Node
 
+from ..graph.values import is_collective
 from .tags import LOCAL, ONE, ROW, is_one, position, same_size, shape_of
 
 aten = torch.ops.aten
@@ -38,11 +39,11 @@ class Fact(NamedTuple):
 
 
 class Crossing(Exception):
-    """Several rows are read at once, or nothing is known of this op."""
+    """Several rows are read at once, or nothing is known of this op. node: where, if it is not the one in question."""
 
-    def __init__(self, why: str, code: str = "crossing") -> None:
+    def __init__(self, why: str, code: str = "crossing", node: Node | None = None) -> None:
         super().__init__(why)
-        self.code = code
+        self.code, self.node = code, node
 
 
 Rule = Callable[[Node], Fact]
@@ -72,6 +73,8 @@ def fact(node: Node) -> Fact:
             and not target._schema.is_mutable
         ):
             return pointwise(node)
+    if is_collective(node):
+        raise Crossing("processes exchange the logits", "collective")
     raise Crossing(f"nothing is known of {target}", "escape")
 
 
@@ -451,49 +454,3 @@ def moved_dims(found: Fact, node: Node, wanted: list[tuple[Node, str]]) -> dict[
         new = [position(tags, d) for d in dims]
         out[index] = new if isinstance(value, (list, tuple)) else new[0]
     return out
-
-
-# -- what index tensors pick
-
-
-@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
-def index(node: Node) -> Fact:
-    x, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    m, given = rank(x), [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x):
-        return Fact([(x, [0, None]), (given[1][1], [0])], kind="pick")  # type: ignore[list-item]
-    if len(given) != 1:
-        raise Crossing("an index along several dimensions")
-    d, i = given[0]
-    if i.meta["val"].dtype in (torch.bool, torch.uint8):
-        raise Crossing("a mask of another number of results")
-    k = rank(i)
-    mapped: Map = [None if e == d else e if e < d else e + k - 1 for e in range(m)]
-    return Fact([(x, mapped), (i, [d + e for e in range(k)])], kind="index")  # type: ignore[list-item]
-
-
-@rule(aten.index_put.default, aten._unsafe_index_put.default)
-def index_put(node: Node) -> Fact:
-    a = bound(node)
-    x, indices, values = a["self"], list(a["indices"]), a["values"]
-    m, given = rank(x), [(d, i) for d, i in enumerate(indices) if i is not None]
-    few = rank(values)
-    if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x) and few <= 1:
-        return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0] if few else [])], kind="put")  # type: ignore[list-item]
-    if len(given) != 1 or (few and (few != m or rank(given[0][1]) != 1)):
-        raise Crossing("values put along several dimensions")
-    d, i = given[0]
-    mapped: Map = [None if e == d else e for e in range(m)]
-    return Fact([(x, mapped), (i, [None] * rank(i)), (values, mapped if few else [])], kind="index_put")
-
-
-def counts_rows(index: Node, x: Node) -> bool:
-    """Is this 0, 1, 2, ... up to the number of rows of x?"""
-    while index.target in (aten.alias.default, aten.detach.default, prims.convert_element_type.default):
-        index = index.args[0]  # type: ignore[assignment]
-    if index.target is prims.iota.default:
-        plain = index.kwargs.get("start", 0) == 0 and index.kwargs.get("step", 1) == 1
-    else:
-        plain = index.target is aten.arange.default and len(index.args) == 1
-    shape = shape_of(index)
-    return bool(plain) and shape is not None and same_size(shape[0], (shape_of(x) or (0,))[0])

@@ -180,7 +180,7 @@ class _Numbers:
         return self.z.shape[1] if self.match.cut is None else self.match.cut[1] - self.match.cut[0]
 
     def target(self, column: int) -> Tensor:
-        what = self.match.targets[column]
+        what = self.match.columns[column]
         return self._new(_key(what.node, what.classes), [_ROWS], what.node.meta["val"])
 
     def row(self, p: Poly) -> Tensor:

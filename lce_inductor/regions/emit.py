@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph.values import is_given, size_hint
+from ..graph.values import is_given, lifted, size_hint
 from ..spec.program import Program, Ref, Result, Step, mapped, name_of, refs_in
 from .aten_ops import VIEWS, Crossing, at, bound, filled_with, operand_tags, stacked
 from .labels import Labels
@@ -151,7 +151,7 @@ class Emitter(Steps):
             return self._source(node, home)
         if label.parts is not None and self.space not in {p.find() for p in label.parts}:
             return None
-        if not labels.wide(node) and self.stop(node):
+        if node in labels.reduced or (self.stop(node) and not labels.wide(node)):
             return self._input("rows", node, tags, label.space)
         if node in labels.passes:
             return self._passed(node, tags)
@@ -186,6 +186,8 @@ class Emitter(Steps):
         if ROW not in tags:
             if node.target in (aten.full.default, aten.scalar_tensor.default) and node.op == "call_function":
                 return self._computed(node, tags, home)
+            if (number := lifted(node)) is not None:  # on whatever device it is
+                return self._filled(node, tags, number)
             return self._input("whole", node, tags, home)
         if self._reaches_wide(node, tags, home, _FAR):
             return self._computed(node, tags, home)
@@ -305,6 +307,10 @@ class Emitter(Steps):
             return self._step(aten.squeeze.dim, (picked, 1), {})
         if found.kind == "put":
             return self._put(node, refs)
+        if found.kind == "masked":
+            base, mask, value = refs
+            value = self._step(aten.add.Tensor, (base, value), {}) if bound(node)["accumulate"] else value
+            return self._step(aten.where.self, (mask, value, base), {})
         if found.kind == "index":
             return self._index(node, refs, wanted)
         if found.kind == "index_put":

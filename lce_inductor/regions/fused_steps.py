@@ -261,12 +261,32 @@ def scatter(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return Wide({("onehot", index.index): Poly.number(float(value))})
 
 
-@step(aten.scatter_add.default, aten.scatter.src)
+@step(aten.scatter.src)
+def scatter_src(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    base, _, index, values = args[:4]
+    if not isinstance(index, Index) or is_wide(values):
+        raise NotFused("a scatter of something else than a value of each row")
+    there = Poly({}) if _number(base) == 0.0 else e.at(e.y(base), index.index)
+    return _put(e, base, index.index, _poly(values) - algebra.simplified(there))
+
+
+@step(aten.copy.default)
+def copy(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return args[1]
+
+
+@step(aten.scatter_add.default)
 def scatter_add(e: Evaluate, args: list[Any], kwargs: dict[str, Any]) -> Any:
     base, _, index, values = args[:4]
-    if not isinstance(index, Index) or _number(base) != 0.0 or is_wide(values):
-        raise NotFused("a scatter into something else than zeros")
-    return Wide({("onehot", index.index): _poly(values)})
+    if not isinstance(index, Index) or is_wide(values):
+        raise NotFused("a scatter of something else than a value of each row")
+    return _put(e, base, index.index, _poly(values))
+
+
+def _put(e: Evaluate, base: Any, column: int, values: Poly) -> Wide:
+    """Values added at the class of each row."""
+    one = Wide({("onehot", column): values})
+    return one if _number(base) == 0.0 else plus(e.y(base), one)
 
 
 @step(aten.eq.Tensor)

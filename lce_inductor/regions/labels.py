@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import alive, dependents, size_hint
+from ..graph.values import alive, dependents, is_collective, size_hint
+from . import collectives, index_ops  # noqa: F401  (register their facts)
 from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
+from .zeros import is_zero, keeps_zeros
 
 aten = torch.ops.aten
 
@@ -74,6 +76,7 @@ class Labels:
         self.stacks: set[Node] = set()  # cats that are read as what torch.stack gives
         self.passes: dict[Node, list[Node]] = {}  # nodes that select rows, or put them back, and of what
         self.behind: set[Node] = set()  # narrow nodes behind wide ones of the backward
+        self.reduced: set[Node] = set()  # row values of all processes together: a program is given them
 
     # -- heads
 
@@ -143,6 +146,8 @@ class Labels:
             self._leave(node, args, crossing)
             return
         self.of[node] = label
+        if is_collective(node):
+            self._collective(node, args)
         blamed = [a for a in node.all_input_nodes if a in self.beyond]
         if self.wide(node):
             if blamed and (node not in self.on_tangent or any(a in self.late for a in blamed)):
@@ -154,6 +159,15 @@ class Labels:
             self._leave(node, args, Crossing("what several rows were added up to comes back to the rows"))
         elif node in self.on_tangent and any(self.wide(a) or a in self.behind for a in args):
             self.behind.add(node)
+
+    def _collective(self, node: Node, args: list[Node]) -> None:
+        """It stays in the graph, where it is: as many for each process, whatever that process does with its chunks."""
+        for arg in args:
+            if self.wide(arg):
+                self._problem(self.of[arg].space, "collective", node, "logits of several processes are reduced")
+            elif arg not in self.reduced:
+                self.outputs.setdefault(arg, []).append(node)
+        self.reduced.add(node)
 
     def _is_stack(self, cat: Node) -> bool:
         """Of several heads, or of one head several times; not of rows that were taken apart and come together again."""
@@ -457,43 +471,8 @@ class Labels:
         return backward_move(node, tags)
 
 
-_LINEAR = {
-    aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.clone.default, aten.alias.default, aten.detach.default,
-    torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.sum.dim_IntList, aten.mean.dim, aten.slice.Tensor,
-    aten.select.int,
-}  # fmt: skip
-
-
 def _by_mask(args: tuple[Any, ...]) -> bool:
     """Is this an index by a mask?"""
     found: list[Node] = []
     torch.fx.map_arg(args, found.append)
     return any(isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype == torch.bool for n in found)
-
-
-def keeps_zeros(node: Node, arg: Node) -> bool:
-    """Is a row of the result zero where that of `arg` is, and linear in it?"""
-    if node.target in _LINEAR:
-        return True
-    if node.target in (aten.div.Tensor, aten.div.Scalar):
-        return node.args[0] is arg
-    if node.target is aten.where.self:
-        return all(a is arg or is_zero(a) for a in node.args[1:])
-    if node.target in (aten.slice_scatter.default, aten.select_scatter.default):
-        return node.args[1] is arg and is_zero(node.args[0])
-    if node.target is aten.index_put.default:
-        return node.args[2] is arg and is_zero(node.args[0])
-    return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or bool(node.args[2] == 0))
-
-
-def is_zero(node: Any) -> bool:
-    """A tensor of zeros, or the number."""
-    if not isinstance(node, Node):
-        return bool(node == 0)
-    if node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
-        return bool(node.args[-1] == 0)
-    if node.target in (aten.zeros.default, aten.zeros_like.default):
-        return True
-    same = (aten.expand.default, aten.view.default, aten.alias.default, aten.clone.default)
-    return node.target in same and is_zero(node.args[0])

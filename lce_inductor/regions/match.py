@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph.values import size_hint
+from ..graph.values import lifted, size_hint
 from ..spec.program import Program
 from ..spec.statistics import BITS, LSE, NEG_ENTROPY
 from . import algebra
@@ -17,6 +17,7 @@ from .aten_ops import Crossing
 from .emit import Emitter
 from .fused import ONE, Class, Count, Cut, Evaluate, Index, NotFused, Wide
 from .heads import Head
+from .index_ops import is_masked
 from .labels import Labels, Sink
 from .spaces import Space
 from .tags import LOCAL, ROW, is_one, product, same_size, shape_of
@@ -27,8 +28,12 @@ prims = torch.ops.prims
 
 @dataclasses.dataclass
 class Gradients:
-    """dy = p (a + b y) + onehot(target_k) t_k + c s, and dz = dy times the epilogue's slope."""
+    """dy = p (a + b y) + onehot(target_k) t_k + c s, and dz = dy times the epilogue's slope.
 
+    norm: what stands for lse in p = exp(y - lse), if it is something else: the classes of other processes count, too.
+    """
+
+    norm: Poly | None
     lse: Poly | None
     neg_entropy: Poly | None
     targets: dict[int, Poly]
@@ -50,6 +55,7 @@ class Match:
     """One call of row_stats, and of row_stats_backward where there is a backward.
 
     atoms maps ("in", ...) atoms of the polynomials to what they are: (node, tags, home, ...) as the emitter has it.
+    targets: columns of labels that are asked for, of all `columns` that the programs have.
     """
 
     space: Space
@@ -58,6 +64,7 @@ class Match:
     values: dict[Node, Poly]
     gradients: Gradients | None
     targets: dict[int, Any]
+    columns: dict[int, Any]
     class_weight: Any
     atoms: dict[Any, Any]
     stats: int
@@ -120,6 +127,8 @@ class Matcher:
         read = [n for kind in ("rows", "whole") for _, e, _ in self.programs for n in [w[0] for w in e.given[kind]]]
         values = self._values([*wanted, *(n for n in read if n in self.labels.of)])
         source = self._source()
+        if gradients is not None:
+            self._join_targets(gradients, values)
         used = self._used(values, gradients)
         stats = 0
         for atom in used:
@@ -141,7 +150,7 @@ class Matcher:
         if not stats:
             raise NotFused("no statistic is read")
         return Match(
-            self.space, source, self.epilogue or (), values, gradients, targets,
+            self.space, source, self.epilogue or (), values, gradients, targets, dict(self.targets.values()),
             None if weight is None else self.whole_input(weight), self.atoms, stats,
             None if self.bias is None else self.whole_input(self.bias), self.cut, self.programs,
         )  # fmt: skip
@@ -160,10 +169,20 @@ class Matcher:
             raise NotFused("a bias that is no vector of classes")
         return source
 
+    def _join_targets(self, gradients: Gradients, values: dict[Node, Poly]) -> None:
+        """Labels that the forward looked up without counting from the end are none that count from the end."""
+        looked_up = {a[2] for p in values.values() for a in p.atoms() if a[:2] == ("stat", "target")}
+        columns = {key: column for key, (column, _) in self.targets.items()}
+        for (same, classes), column in columns.items():
+            plain = columns.get((same, None))
+            if classes is not None and plain in looked_up and column in gradients.targets:
+                more = gradients.targets.pop(column)
+                gradients.targets[plain] = gradients.targets.get(plain, Poly({})) + more  # type: ignore[index,arg-type]
+
     def _used(self, values: dict[Node, Poly], gradients: Gradients | None) -> set[Any]:
         polys = list(values.values())
         if gradients is not None:
-            polys += [p for p in (gradients.lse, gradients.neg_entropy, gradients.sum) if p is not None]
+            polys += [p for p in (gradients.norm, gradients.lse, gradients.neg_entropy, gradients.sum) if p is not None]
             polys += list(gradients.targets.values())
         return {a for p in polys for a in p.atoms()}
 
@@ -263,12 +282,17 @@ class Matcher:
                 self._sum_of = basis[1]
         if terms:
             raise NotFused(f"a gradient with {next(iter(terms))}")
+        norm = None
         if b is not None:  # p (a + b y) = p (g + b (log p - sum p log p))
             known = Poly.atom("stat", "lse") + Poly.atom("stat", "neg_entropy")
             a = algebra.simplified((a or Poly({})) + b * known)
             a = a if a.terms else None
+        elif a is not None and (factored := algebra.exponent(a, ("stat", "lse"))) is not None:
+            given = [self.atoms[x].node for x in factored[1].atoms() if x[:2] == ("in", "rows")]
+            if not self.labels.reduced.isdisjoint(given):
+                a, norm = factored  # also right where lse is -inf: of a process whose classes are all masked
         self.slopes = value.slopes
-        return Gradients(a, b, targets, s, sinks)
+        return Gradients(norm, a, b, targets, s, sinks)
 
     # -- inputs
 
@@ -304,6 +328,8 @@ class Matcher:
         if any(t == LOCAL for t in tags):
             return NotFused("several values for each row")
         if not value.dtype.is_floating_point and value.dtype != torch.bool:
+            if node in self.labels.reduced:
+                return NotFused("labels that follow from the statistics")
             key = same_rows(node), classes
             if key not in self.targets:
                 self.targets[key] = (len(self.targets), what)
@@ -356,10 +382,15 @@ def same_rows(node: Any) -> Any:
         return repr(node)
     while node.target in _SHAPE_ONLY:
         node = node.args[0]
+    args = list(node.args)
+    if masked := node.target is aten.index_put.default and is_masked(node):
+        args[1] = args[1][0]
     if node.op != "call_function" or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        if (number := lifted(node)) is not None:
+            return ("number", str(node.meta["val"].dtype), repr(number))
         if node.target in (aten.full.default, aten.scalar_tensor.default) and not node.all_input_nodes:
             return ("number", str(node.meta["val"].dtype), repr(node.args[-1]))
-        if node.target is not aten.where.self:
+        if node.target is not aten.where.self and not masked:
             return node.name
     whole = product(shape_of(node) or ())
 
@@ -367,7 +398,7 @@ def same_rows(node: Any) -> Any:
         count = product(shape_of(a) or ()) if isinstance(a, Node) else whole
         return same_rows(a) if is_one(count) or same_size(count, whole) else a.name
 
-    return (str(node.target), *map(operand, node.args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
+    return (str(node.target), *map(operand, args), *sorted((k, repr(v)) for k, v in node.kwargs.items()))
 
 
 def _matrix(node: Any, turned: bool = False) -> tuple[Node, bool]:

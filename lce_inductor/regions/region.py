@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..graph.values import is_collective
 from .aten_ops import Crossing
 from .emit import Emitter
+from .fused import NotFused
 from .heads import candidates, is_other_product, tangents_of
 from .labels import Labels, Problem, Sink
+from .match import fused_calls
 from .spaces import Space, ancestors
 from .tangent import Tangent
 
@@ -31,7 +34,8 @@ class Part:
 
 @dataclasses.dataclass
 class Region:
-    """Heads that belong together. merged: the backward part is in the forward's program, up to `tangent`."""
+    """Heads that belong together. merged: the backward part is in the forward's program, up to `tangent`.
+    fused_only: the programs would read what processes make of their own results, and only the kernels compute these."""
 
     heads: list[Node]
     spaces: set[Space]
@@ -40,6 +44,7 @@ class Region:
     merged: bool = False
     tangent: Tangent | None = None
     why_not_merged: str = ""
+    fused_only: bool = False
 
 
 @dataclasses.dataclass
@@ -73,7 +78,7 @@ def find(graph: Graph, deferred: frozenset[Node] = frozenset(), merge: bool = Tr
                 regions.append(assemble(labels, heads, spaces, tangents, merge))
                 continue
             except Crossing as crossing:
-                trouble = Problem(crossing.code, heads[0], str(crossing))
+                trouble = Problem(crossing.code, crossing.node or heads[0], str(crossing))
         for head in heads:
             problems.setdefault(head, trouble)
     return Found(labels, regions, problems)
@@ -123,9 +128,23 @@ def assemble(labels: Labels, heads: list[Node], spaces: set[Space], tangents: se
     forward = _parts(labels, values, early, lambda n: False)
     for part in forward.values():
         for node in [n for kind in ("rows", "whole") for n in _nodes(part.emitter, kind)]:
-            if (unknown := _unknown_size(labels, node)) is not None:
+            if node not in labels.reduced and (unknown := _unknown_size(labels, node)) is not None:
                 raise Crossing(f"a size is read off the logits: {unknown.format_node() or unknown.name}")
-    return Region(heads, spaces, forward, backward, why_not_merged=why)
+    region = Region(heads, spaces, forward, backward, why_not_merged=why)
+    if _circular(labels, forward, labels.of) or _circular(labels, backward, labels.behind):
+        region.fused_only = True
+        try:
+            fused_calls(labels, heads, spaces)
+        except NotFused as reason:
+            node = next(n for n in labels.of if n in labels.reduced and labels.of[n].space.find() in spaces)
+            raise Crossing(f"what comes back is read by more than a softmax: {reason}", "collective", node) from reason
+    return region
+
+
+def _circular(labels: Labels, parts: dict[Space, Part], behind: Any) -> bool:
+    """Does a program read what processes make of its own results?"""
+    given = (node for part in parts.values() for node in _nodes(part.emitter, "rows"))
+    return any(node in labels.reduced and node in behind for node in given)
 
 
 def _merged(
@@ -183,6 +202,8 @@ def _unknown_size(labels: Labels, node: Node) -> Node | None:
         if now in seen or now not in behind:
             continue
         seen.add(now)
+        if is_collective(now):  # it must not be done twice
+            return now
         value = now.meta.get("val")
         if isinstance(value, torch.SymInt):
             if not can_size(labels.graph, value.node.expr, avoid):

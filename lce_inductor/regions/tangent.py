@@ -9,8 +9,9 @@ import torch
 from torch.fx import Node
 
 from .aten_ops import FMA, Crossing
-from .labels import Labels, is_zero
+from .labels import Labels
 from .tags import is_one, shape_of
+from .zeros import is_zero
 
 aten = torch.ops.aten
 prims = torch.ops.prims

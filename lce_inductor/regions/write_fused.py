@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.write import Writer
 from ..spec.epilogue import unparse
-from ..spec.statistics import GRADIENTS, LSE, NO_TARGET, PLACES, stat_dtype
+from ..spec.statistics import GRADIENTS, LSE, LSE_DTYPE, NO_TARGET, PLACES, stat_dtype
 from .algebra import Poly
 from .heads import Head
 from .labels import Labels
@@ -93,12 +93,14 @@ class _Stats:
 
     def _row(self, what: Any) -> Node:
         value = rows(self.writer, what, self.space, self._now)
+        if what.node in self.labels.reduced:  # a maximum of all processes takes as many digits as lse
+            value = self.writer.call(prims.convert_element_type.default, value, LSE_DTYPE)
         return self.writer.call(aten.reshape.default, value, [self.space.find().count])
 
     def _now(self, node: Node) -> Any:
-        return (
-            self.values[node] if node in getattr(self, "values", {}) else self.copies(node) if not self._late else node
-        )
+        if node in getattr(self, "values", {}):
+            return self.values[node]
+        return node if self._late or node in self.labels.reduced else self.copies(node)
 
     _late = False
 
@@ -218,7 +220,7 @@ class _Stats:
         polys = {"g_lse": g.lse, "g_sum": g.sum, "g_neg_entropy": g.neg_entropy}
         row = {name: None if p is None else self._in_stat_dtype(self.poly(p)) for name, p in polys.items()}
         row["g_target"] = g_target
-        lse = self.stat("lse", ()) if self.match.stats & LSE else call(
+        lse = self.poly(g.norm) if g.norm is not None else self.stat("lse", ()) if self.match.stats & LSE else call(
             aten.full.default, [self.space.find().count], 0.0, dtype=torch.float64,
             device=self.head[0].meta["val"].device,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import dependents
+from ..graph.values import dependents, is_collective
 from ..ops.schema import ROW_STATS, ROW_STATS_BACKWARD
 from ..spec.statistics import GRADIENTS
 
@@ -77,12 +77,23 @@ def origin(value: Any) -> Any:
 def heads_of(graph: Graph) -> list[tuple[Node, Node]]:
     """Pairs of a row_stats node and its row_stats_backward node."""
     pairs = []
+    forwards = list(graph.find_nodes(op="call_function", target=ops.row_stats.default))
     for backward in graph.find_nodes(op="call_function", target=ops.row_stats_backward.default):
-        lse = origin(backward.args[LSE_ARG])
-        forward = lse.args[0] if isinstance(lse, Node) and lse.target is operator.getitem else None
-        if isinstance(forward, Node) and forward.target is ops.row_stats.default:
-            pairs.append((forward, backward))
+        if is_zero(backward.args[LSE_ARG]):
+            continue  # of a gradient without a softmax
+        own = [f for f in forwards if has_lse_of(backward, f)]
+        alike = [f for f in forwards if _inputs(f) == _inputs(backward)]  # whose lse is that of all processes
+        pairs += [(forward, backward) for forward in (own or alike)[:1]]
     return pairs
+
+
+def has_lse_of(backward: Node, forward: Node) -> bool:
+    lse = origin(backward.args[LSE_ARG])
+    return isinstance(lse, Node) and lse.target is operator.getitem and lse.args[0] is forward
+
+
+def _inputs(op: Node) -> list[Any]:
+    return [origin(a) for a in op.args[:HEAD_ARGS]]
 
 
 def row_gradients(graph: Graph, forward: Node, backward: Node) -> RowGradients | Illegal:
@@ -91,8 +102,10 @@ def row_gradients(graph: Graph, forward: Node, backward: Node) -> RowGradients |
     lse = origin(backward.args[LSE_ARG])
     if sum(1 for f, _ in heads_of(graph) if f is forward) > 1:
         return Illegal("the head has several backwards")
-    if [origin(a) for a in forward.args[:HEAD_ARGS]] != [origin(a) for a in backward.args[:HEAD_ARGS]]:
+    if _inputs(forward) != _inputs(backward):
         return Illegal("the backward reads other inputs than the forward")
+    if not has_lse_of(backward, forward):
+        return Illegal("the softmax is over the classes of other processes, too")
     evaluate = _Evaluate(graph, forward, lse)
     try:
         grads = {name: evaluate(backward.args[i]) for name, i in ROW_GRADIENTS.items() if backward.args[i] is not None}
@@ -264,6 +277,8 @@ class _Evaluate:
         return Affine(times(a.const, b.const), slope)
 
     def _copy(self, node: Node, args: dict[int, Any]) -> Node:
+        if is_collective(node):
+            raise _NotLinear("a collective would be done twice")
         filled = tuple(args[i] if i in args else torch.fx.map_arg(a, self._clean) for i, a in enumerate(node.args))
         return self._write(node.target, filled, node, node.kwargs)
 
