@@ -42,7 +42,7 @@ BY_RULE: dict[str, Loss] = {
     "cast": lambda z, y: ce(z.float(), y),
     "chunk": lambda z, y: ce(z.chunk(2)[0], y[:12]),
     "clamp": lambda z, y: ce(z.clamp(-1, 1), y),
-    "copy": lambda z, y: ce(z - torch.zeros(len(z), 1).copy_(z.detach().amax(-1, True)), y),
+    "copy of maxima": lambda z, y: ce(z - torch.zeros(len(z), 1).copy_(z.detach().amax(-1, True)), y),
     "clip": lambda z, y: ce(z.clip(-1, 1), y),
     "cross_entropy": lambda z, y: ce(z, y),
     "detach": lambda z, y: ce(z, y) + z.detach().logsumexp(-1).mean(),
