@@ -120,16 +120,17 @@ def test_uuid_depends_on_the_settings_and_the_stage():
             {"gradients": "forward"},
             {"gradients": "recompute"},
             {"returned_logits": "keep"},
+            {"prefer": "memory"},
         )
     }
-    assert len(keys) == 14
+    assert len(keys) == 16
     assert passes.DeferPass(Config()).uuid() == passes.DeferPass(Config()).uuid()
 
 
 def test_every_setting_is_in_the_key():
     import dataclasses
 
-    assert len(dataclasses.fields(Config)) == 5, "a new setting: add a value of it to the test above"
+    assert len(dataclasses.fields(Config)) == 6, "a new setting: add a value of it to the test above"
 
 
 def test_uuid_depends_on_every_source_file_and_on_versions(tmp_path, monkeypatch):
