@@ -60,15 +60,18 @@ class Megatron(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, y: Tensor, first: int) -> Tensor:
-        z = z - reduced(z.max(dim=-1)[0], "max").unsqueeze(-1)
+        top = z.max(dim=-1)[0]
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        z = z - top.unsqueeze(-1)
         outside = (y < first) | (y >= first + z.shape[1])
         local = y.clone() - first
         local[outside] = 0
         picked = z[torch.arange(len(y)), local].clone()
         picked[outside] = 0.0
-        picked = reduced(picked, "sum")
+        dist.all_reduce(picked)
         exps = z.exp()
-        total = reduced(exps.sum(-1), "sum")
+        total = exps.sum(-1)
+        dist.all_reduce(total)
         ctx.save_for_backward(exps / total.unsqueeze(-1), outside, local)
         return total.log() - picked
 
