@@ -115,14 +115,14 @@ def simplified(p: Poly) -> Poly:
 
 
 def exponent(p: Poly, atom: Atom) -> tuple[Poly, Poly] | None:
-    """q, c of p = q exp(atom - c), if all terms of p have the same such factor."""
-    rest, found = Poly({}), set()
+    """q, c of p = q exp(atom - c), if all terms of p have such a factor: with the c of the first."""
+    rest, first = Poly({}), None
     for monomial, coefficient in simplified(p).terms.items():
         exps = [a for a in monomial if a[:2] == ("call", "exp") and dict(a[2]).get((atom,)) == 1.0]
         if len(exps) != 1:
             return None
-        found.add(exps[0])
-        rest = rest + Poly({tuple(a for a in monomial if a is not exps[0]): coefficient})
-    if len(found) != 1:
-        return None
-    return rest, Poly.atom(*atom) - Poly(dict(found.pop()[2]))
+        inside = Poly(dict(exps[0][2]))
+        first = first or inside
+        others = Poly({tuple(a for a in monomial if a is not exps[0]): coefficient})
+        rest = rest + others * exp(inside - first)
+    return None if first is None else (simplified(rest), Poly.atom(*atom) - first)
