@@ -77,18 +77,27 @@ class Product:
         tiles = 2 * -(-a.rows // hopper.PAIR) * -(-a.columns // hopper.COLUMNS)
         arrived = _at(a.arrived, tiles, ctypes.c_int, torch.int32)
         assert a.next == a.arrived - 4 and not _at(a.next, 1, ctypes.c_int, torch.int32)
-        assert (arrived == a.before).all()
-        arrived += a.splits
-        out.copy_(e.float() @ weight.float())
+        n = _live(a.rows, a)
+        if n:  # a chunk that is not full is the last one with rows that count
+            assert (arrived == a.before).all()
+            arrived += a.splits
+        out[:n] = e[:n].float() @ weight.float()
 
     def _dw(self, a: hopper.DwArguments, e: Tensor, xs: Tensor, dw: Tensor) -> None:
         self.launched.append("dw")
         assert (a.rows, a.columns) == dw.shape and a.inner == len(e) == len(xs) and e.shape[1] == len(dw)
-        product = e.float().t() @ xs.float()
+        n = max(_live(a.inner, a), a.row0 == 0)
+        if n == 0:
+            return
+        n = min(-(-n // hopper.DEPTH) * hopper.DEPTH, a.inner)
+        product = e[:n].float().t() @ xs[:n].float()
         dw.copy_(dw + product if a.accumulate else product)
 
     def _logits(self, a: hopper.LogitsArguments, x: Tensor, weight: Tensor, e_out: Tensor) -> None:
         flags, n, V = self.variant.flags, a.rows, a.columns
+        live = _live(n, a)
+        if max(live, a.row0 == 0) == 0:
+            return
         pairs = -(-n // hopper.PAIR)
         assert a.inner == x.shape[1] == weight.shape[1] and len(weight) == V and 0 < a.group <= pairs
         if "REDO" in flags:
@@ -96,8 +105,13 @@ class Product:
             if not found[0]:
                 return
         self.launched.append(" ".join(sorted(flags)))
-        rows, tiles = slice(a.row0, a.row0 + n), -(-V // hopper.COLUMNS)
-        z = x[rows].float() @ weight.float().t()
+        tiles = -(-V // hopper.COLUMNS)
+        rows = torch.arange(a.row0, a.row0 + n)
+        if a.order:
+            rows[:live] = _at(a.order + 4 * a.row0, live, ctypes.c_int, torch.int32).long() if live else rows[:0]
+            rows[live:] = rows[:1] if live else 0
+        N = int(rows.max()) + 1
+        z = x[a.x_row0 : a.x_row0 + n].float() @ weight.float().t()
         if "PLAIN" in flags:
             e_out[:, :V], e_out[:, V:] = z, 3.0  # beyond the classes: anything
             z = torch.nn.functional.pad(e_out[:, :V].float(), (0, tiles * hopper.COLUMNS - V), value=-torch.inf)
@@ -110,28 +124,34 @@ class Product:
         if "HAS_BIAS" in flags:
             z = z + _at(a.bias, V, ctypes.c_float, torch.float32)
         z, slope = apply_with_slope(self.variant.steps, z)
-        anchor = _at(a.anchor, len(x), ctypes.c_float, torch.float32)[rows].clone()
+        anchor = _at(a.anchor, N, ctypes.c_float, torch.float32)[rows].clone()
         wanted = torch.ones(n, dtype=torch.bool)
         if "REDO" in flags:
             flag = _at(a.flag, n, ctypes.c_int, torch.int32) > 0
             high = anchor.maximum(_at(a.row_max, n, ctypes.c_float, torch.float32))
             anchor = torch.where(flag, torch.where(high.abs() < torch.inf, high, 0.0), anchor)
             wanted = found[1:].repeat_interleave(hopper.PAIR)[:n] > 0
+        anchor[live:] = torch.inf
         aside = torch.zeros(n, V, dtype=torch.bool)
         if "HAS_TARGET" in flags:
-            t = _at(a.target, 1 + (len(x) - 1) * a.stride_t, ctypes.c_longlong, torch.int64)[:: a.stride_t][rows]
+            t = _at(a.target, 1 + (N - 1) * a.stride_t, ctypes.c_longlong, torch.int64)[:: a.stride_t][rows]
             some = (t >= 0) & (t < V)
             aside[some, t[some]] = True
+        aside[live:] = False
         e = torch.where(aside, 0.0, (z - anchor[:, None]).exp())
+        written = torch.arange(n) < max(-(-live // hopper.PAIR), 1) * hopper.PAIR
+        here = torch.arange(n) < live
         if "SUM" in flags:
             for address, padding, reduce in ((a.sums, 0.0, torch.sum), (a.maxima, -torch.inf, torch.amax)):
                 values = e if address == a.sums else torch.where(aside | z.isnan(), -torch.inf, z)
                 values = torch.nn.functional.pad(values, (0, tiles * hopper.COLUMNS - V), value=padding)
                 out = _at(address, tiles * a.part_stride, ctypes.c_float, torch.float32).view(tiles, a.part_stride)
-                out[:, :n][:, wanted] = reduce(values.view(n, tiles, hopper.COLUMNS), 2).t()[:, wanted]
+                out[:, :n][:, wanted & here] = reduce(values.view(n, tiles, hopper.COLUMNS), 2).t()[:, wanted & here]
         if "STORE" in flags:
             stored = e if slope is None else e * slope
             assert e_out.shape[0] == n
+            assert not stored[live:][written[live:]].any()
+            wanted &= written
             e_out[:, :V][wanted] = stored.to(e_out.dtype)[wanted]
             e_out[:, V:][wanted] = 0
 
@@ -145,11 +165,57 @@ class RowsKernel:
     def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int) -> None:
         a, *flags = arguments
         assert type(a) is hopper.RowsArguments and stream == 0
-        launch = getattr(self, "_" + self.name)
-        assert launch(a, *(bool(f.value) for f in flags)) == blocks
+        over = {
+            "anchors": (a.N, 8),
+            "count": (a.N, 8),
+            "gather": (a.rows, 8),
+            "spread": (a.rows, 8),
+            "normalise": (a.rows, 32),
+        }
+        n, each = over.get(self.name, (1, 1))
+        assert blocks == (-(-a.N // 8) * -(-a.H // 256) if self.name == "collect" else -(-n // each))
         self.launched.append(self.name)
+        launch = getattr(self, "_" + self.name)
+        if not a.packed or self.name in ("count", "pack", "gather", "collect"):
+            launch(a, *(bool(f.value) for f in flags))
+        elif self.name == "anchors" and not _at(a.counted, 1, ctypes.c_int, torch.int32):
+            _at(a.marked, a.marks, ctypes.c_int, torch.int32).zero_()
+        elif self.name == "anchors" or _live(a.rows, a):
+            of_rows = Packed(a, self.name == "anchors")
+            launch(of_rows, *(bool(f.value) for f in flags))
+            of_rows.put_back()
+        elif self.name == "spread":
+            _zero_behind(a, 0)
 
-    def _anchors(self, a: Any) -> int:
+    def _count(self, a: Any) -> None:
+        counts = torch.zeros(a.N, dtype=torch.bool)
+        if a.needed:
+            counts |= _at(a.needed, a.N, ctypes.c_ubyte, torch.uint8).bool()
+        for g in ("lse", "slope", "target", "sum"):
+            stride = getattr(a, "stride_" + {"lse": "gl", "slope": "gs", "target": "gt", "sum": "g"}[g])
+            if address := getattr(a, "g_" + g):
+                counts |= _f32(address, 1 + (a.N - 1) * stride)[:: stride or 1].expand(a.N) != 0
+        x = _rows(a.x, a.N, a.stride_x, a.H).as_strided((a.N, a.H), (a.stride_x, 1)).float().abs()
+        counts |= ~(x <= 2.0**40).all(1)
+        _at(a.counts, a.N, ctypes.c_int, torch.int32).copy_(counts)
+
+    def _pack(self, a: Any) -> None:
+        rows = _at(a.counts, a.N, ctypes.c_int, torch.int32).nonzero()[:, 0]
+        packed = _at(a.packed, a.N, ctypes.c_int, torch.int32)
+        packed.fill_(1 << 30)
+        packed[: len(rows)] = rows
+        _at(a.counted, 1, ctypes.c_int, torch.int32).fill_(len(rows))
+
+    def _gather(self, a: Any) -> None:
+        n = _live(a.rows, a)
+        end = min(max(-(-n // hopper.PAIR), a.row0 == 0) * hopper.PAIR, a.rows)
+        to = _rows(a.x_packed, a.rows, a.x_apart, a.H).as_strided((a.rows, a.H), (a.x_apart, 1))
+        to[:end] = 0
+        if n:
+            rows = _at(a.packed + 4 * a.row0, n, ctypes.c_int, torch.int32)
+            to[:n] = _rows(a.x, a.N, a.stride_x, a.H).as_strided((a.N, a.H), (a.stride_x, 1))[rows]
+
+    def _anchors(self, a: Any) -> None:
         _at(a.marked, a.marks, ctypes.c_int, torch.int32).zero_()
         anchored_kernels.anchor_kernel[(a.N,)](
             _rows(a.x, a.N, a.stride_x, a.H), a.stride_x, _rows(a.weight, a.V, a.stride_w, a.H), a.stride_w,
@@ -157,9 +223,8 @@ class RowsKernel:
             _f32(a.raw, a.N), _f32(a.class_sum, a.H), _f32(a.sum_logits, a.N), _f32(a.shift, 2),
             SAMPLES=a.samples, STEPS=self.steps, BLOCK_H=64,
         )  # fmt: skip
-        return -(-a.N // 8)
 
-    def _normalise(self, a: Any, known: bool, redo: bool) -> int:
+    def _normalise(self, a: Any, known: bool, redo: bool) -> None:
         count = a.tiles * a.part_stride
         found = None if known else _at(a.found, 1 + -(-a.rows // hopper.PAIR), ctypes.c_int, torch.int32)
         anchored_kernels.normalise_kernel[(-(-a.rows // 8),)](
@@ -170,9 +235,8 @@ class RowsKernel:
             *_strided(a.g_target, a.N, a.stride_gt), _f32(a.u, a.rows), _f32(a.d, a.N), a.rows, a.row0, a.V,
             STEPS=self.steps, KNOWN=known, GRAD=a.d is not None, REDO=redo, PAIR=hopper.PAIR, BLOCK_N=8, BLOCK_T=128,
         )  # fmt: skip
-        return -(-a.rows // 32)
 
-    def _spread(self, a: Any) -> int:
+    def _spread(self, a: Any) -> None:
         anchored_kernels.spread_kernel[(a.rows, -(-a.H // 64))](
             _f32(a.product, a.rows * a.H), _rows(a.e, a.rows, a.row_stride, a.V), a.row_stride,
             _rows(a.x, a.N, a.stride_x, a.H), a.stride_x, _rows(a.weight, a.V, a.stride_w, a.H), a.stride_w,
@@ -180,15 +244,80 @@ class RowsKernel:
             _f32(a.class_sum, a.H), _rows(a.dx, a.N, a.H, a.H), _rows(a.xs, a.rows, a.H, a.H), a.row0, a.V, a.H,
             TAIL=a.tail, SLOPE=a.slope, BLOCK_H=64,
         )  # fmt: skip
-        return -(-a.rows // 8)
+        if isinstance(a, Packed):
+            _zero_behind(a.of, a.rows)
 
-    def _collect(self, a: Any) -> int:
+    def _collect(self, a: Any) -> None:
         anchored_kernels.collect_kernel[(a.N, -(-a.H // 64))](
             _at(a.key, a.N, ctypes.c_int, torch.int32), _at(a.order, a.N, ctypes.c_longlong, torch.int64),
             _at(a.ends, a.N, ctypes.c_longlong, torch.int64), _rows(a.x, a.N, a.stride_x, a.H), a.stride_x,
             _f32(a.d, a.N), _f32(a.dw, a.V * a.H), _f32(a.db, a.V), a.V, a.H, BLOCK_R=8, BLOCK_H=64,
         )  # fmt: skip
-        return -(-a.N // 8) * -(-a.H // 256)
+
+
+def _live(rows: int, a: Any) -> int:
+    """Rows of a launch that count."""
+    if not a.counted:
+        return rows
+    return max(min(rows, int(_at(a.counted, 1, ctypes.c_int, torch.int32)) - a.row0), 0)
+
+
+def _zero_behind(a: Any, n: int) -> None:
+    end = min(max(-(-n // hopper.DEPTH), a.row0 == 0) * hopper.DEPTH, a.rows)
+    if a.xs:
+        _rows(a.xs, a.rows, a.H, a.H).view(a.rows, a.H)[n:end] = 0
+
+
+class Packed:
+    """Arguments with the rows that count one after another, in copies that go back where they came from."""
+
+    _STRIDES = {"x": "x", "target": "t", "g_lse": "gl", "g_slope": "gs", "g_target": "gt", "g_sum": "g"}
+    _KINDS = {
+        "x": (ctypes.c_short, torch.bfloat16),
+        "dx": (ctypes.c_short, torch.bfloat16),
+        "target": (ctypes.c_longlong, torch.int64),
+    }
+
+    def __init__(self, a: Any, whole: bool) -> None:
+        for name, _ in a._fields_:
+            setattr(self, name, getattr(a, name))
+        row0, rows = (0, a.N) if whole else (a.row0, a.rows)
+        n = max(min(rows, int(_at(a.counted, 1, ctypes.c_int, torch.int32)) - row0), 0)
+        self.of, self.N, self.rows, self.row0, self._kept = a, n, n, 0, []
+        index = (
+            _at(a.packed + 4 * row0, n, ctypes.c_int, torch.int32).long() if n else torch.zeros(0, dtype=torch.int64)
+        )
+        for name in (
+            "x",
+            "target",
+            "anchor",
+            "raw",
+            "target_logit",
+            "sum_logits",
+            "lse",
+            "d",
+            "dx",
+            *list(self._STRIDES)[2:],
+        ):
+            if not getattr(a, name):
+                continue
+            stride = (
+                a.H if name == "dx" else getattr(a, "stride_" + self._STRIDES[name]) if name in self._STRIDES else 1
+            )
+            columns = a.H if name in ("x", "dx") else 1
+            kind, dtype = self._KINDS.get(name, (ctypes.c_float, torch.float32))
+            flat = _at(getattr(a, name), (a.N - 1) * stride + columns, kind, dtype)
+            whole_of = flat.as_strided((a.N, columns), (stride, 1))
+            copy = whole_of[index]
+            self._kept.append((name, whole_of, copy, index))
+            setattr(self, name, copy.data_ptr())
+            if name in self._STRIDES:
+                setattr(self, "stride_" + self._STRIDES[name], columns)
+
+    def put_back(self) -> None:
+        for name, whole_of, copy, index in self._kept:
+            if name in ("anchor", "raw", "target_logit", "sum_logits", "lse", "d", "dx"):
+                whole_of[index] = copy
 
 
 def _f32(address: int | None, count: int) -> Tensor | None:

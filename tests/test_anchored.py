@@ -1,5 +1,6 @@
 """The anchored softmax: every case under Triton's interpreter or on a GPU. test_other_gpus.py compiles it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,11 +18,13 @@ ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 if INTERPRETED or ON_GPU:
     import anchored_cases as cases
+    import counting_cases
     import hopper_emulated
     from rows_cases import ALWAYS_OURS, SM_90, Planned
 
     from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON
     from lce_inductor.lower.plan import capabilities
+    from lce_inductor.spec.statistics import LSE, TARGET, RowGrads
 
     ENGINES = ["triton", "hopper"] if INTERPRETED else ["chosen"]
 
@@ -81,8 +84,77 @@ if INTERPRETED or ON_GPU:
     def test_special(name, engine):
         getattr(cases, f"check_{name}")(engine.run, DEVICE)
 
+    PACKING = [e for e in ENGINES if e != "triton"]
+
+    @pytest.mark.parametrize("engine", PACKING, indirect=True)
+    @pytest.mark.parametrize("count", counting_cases.COUNTS[: 3 if INTERPRETED and not EVERYTHING else None])
+    def test_rows_that_count(count, engine):
+        counting_cases.check(engine.run, counting_cases.SMALL, count, DEVICE, FACTOR)
+        if engine.launched is not None:
+            assert {"count", "pack", "gather", "dx", "dw", "collect"} <= {*engine.launched}
+
+    @pytest.mark.parametrize("engine", PACKING, indirect=True)
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"grads": ("lse", "target", "sum"), "epilogue": "mul 0.5;add 0.25"}, {"scale": 200.0},
+            {"K": 0, "grads": ("lse",)}, {"epilogue": cases.SOFTCAP}, {"chunk_tokens": 0},
+        ][: 2 if INTERPRETED and not EVERYTHING else None],
+        ids=str,
+    )  # fmt: skip
+    def test_rows_that_count_of_other_heads(changes, engine):
+        case = dataclasses.replace(counting_cases.SMALL, **changes)
+        counting_cases.check(engine.run, case, 150, DEVICE, FACTOR)
+
+    @pytest.mark.parametrize("engine", PACKING, indirect=True)
+    @pytest.mark.parametrize("name", ["what_else_counts", "stale_memory"])
+    def test_packed_rows(name, engine):
+        getattr(counting_cases, f"check_{name}")(engine.run, DEVICE)
+
 
 if ON_GPU and not INTERPRETED:
+
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    @pytest.mark.parametrize("count", [0, 1, 511, 2047, 2048, 2049, 5000])
+    def test_rows_that_count_of_many(count, engine):
+        case = dataclasses.replace(counting_cases.SMALL, N=5000, H=1032, V=20011, chunk_tokens=2048)
+        counting_cases.check(engine.run, case, count, "cuda", FACTOR)
+
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
+    def test_rows_that_count_in_a_cuda_graph(engine):
+        """Their number changes from replay to replay, nothing waits for it, and the bits are the same every time."""
+        case = dataclasses.replace(counting_cases.SMALL, N=3000, H=256, V=5003, chunk_tokens=1024)
+        a, grads = counting_cases.make(case, "cuda")
+        needed = counting_cases.some(3000, 1000, "cuda")
+        masks = {c: counting_cases.some(3000, c, "cuda") for c in (0, 1, 1500, 3000)}
+        g_lse = torch.empty_like(grads.lse)
+
+        def step():
+            g_lse.copy_(grads.lse * needed)
+            here = RowGrads(lse=g_lse, target=-g_lse[:, None])
+            found, dx, dw, _ = engine.run.with_grad(a, LSE | TARGET, here, (True, True, False), needed=needed)
+            again = engine.run.backward(a, found.lse, None, here, (True, True, False))
+            return [found.lse, found.target_logit, dx, dw, *again[:2]]
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+            stream.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                out = step()
+        for count in (1500, 0, 3000, 1, *[1500] * 20):
+            needed.copy_(masks[count])
+            torch.cuda.synchronize()
+            graph.replay()
+            torch.cuda.synchronize()
+            for one, two in zip(out, step()):
+                assert one.equal(two)
 
     @pytest.mark.parametrize("rows", [[777], list(range(2000))], ids=["one", "all"])
     @pytest.mark.parametrize("engine", ENGINES, indirect=True)

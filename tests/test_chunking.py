@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lce_inductor.config import Config
+from lce_inductor.lower.chunk_plan import anchored_peak_bytes, peak_bytes, saves_little
 from lce_inductor.lower.device_policy import POLICIES
-from lce_inductor.lower.plan import anchored_peak_bytes, chunks, peak_bytes, policy_of, saves_little
+from lce_inductor.lower.plan import chunks, policy_of
 
 GIB = 1 << 30
 

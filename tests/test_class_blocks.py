@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import lce_inductor
 from lce_inductor import explain, regions
 from lce_inductor.lower import head_classes
+from lce_inductor.lower.chunk_plan import ClassPlan
 from lce_inductor.lower.device_policy import ANCHORED, BLOCKS, POLICIES, ROWS, Classes, Memory
-from lce_inductor.lower.plan import ClassPlan, Device, Request, decide, planned, training, using
+from lce_inductor.lower.plan import Device, Request, decide, planned, training, using
 from lce_inductor.spec.statistics import LSE, NO_TARGET, TARGET, RowGrads
 
 CPU = Device("cpu", triton=True)

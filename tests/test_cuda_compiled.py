@@ -244,3 +244,59 @@ def _assert_close_in_norm(found: Tensor, expected: Tensor) -> None:
     """Within what bf16 rounds: 1% of the norm of each row."""
     distance = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
     assert distance.max().item() < 1e-2, distance
+
+
+# -- rows that count
+
+
+def _masked_grpo(z: Tensor, y: Tensor) -> Tensor:
+    logp = z.log_softmax(-1).gather(-1, y.clamp(min=0)[:, None])[:, 0]
+    ratio, mask = (logp - logp.detach() - 0.1).exp(), (y >= 0).to(z.dtype)
+    return (torch.min(ratio, ratio.clamp(0.8, 1.2)) * mask).sum() / mask.sum()
+
+
+def _tokens_squared(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="none").square().sum()
+
+
+def _mean_and_lse(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y) + z.logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize(
+    "loss, counted",
+    [(LOSSES["mean"], True), (_masked_grpo, True), (_tokens_squared, True), (_mean_and_lse, False)],
+    ids=["mean", "grpo", "tokens squared", "all rows"],
+)
+def test_ignored_rows_are_left_out(
+    loss: Callable[[Tensor, Tensor], Tensor], counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number changes from call to call; what every row is needed for computes every row."""
+    n, h, v = LARGE
+    x, w = (torch.randn(s, h, device=DEVICE, dtype=BF16).requires_grad_() for s in (n, v))
+    with torch.no_grad():
+        w *= h**-0.5
+    taken: list[bool] = []
+    real = lce_inductor.lower.head._plan
+    monkeypatch.setattr(lce_inductor.lower.head, "_plan", lambda r, a: taken.append((p := real(r, a)).packs) or p)
+
+    def step(fn: Callable[..., Tensor], y: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        value = fn(*leaves, y)
+        value.backward()
+        return [value.detach(), *(t.grad for t in leaves)]  # type: ignore[misc]
+
+    def fn(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return loss(F.linear(x, w), y)
+
+    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=512):
+        compiled = torch.compile(fn)
+        for kept in (n // 4, 1, n, n // 2):
+            y = torch.randint(v, (n,), device=DEVICE)
+            y[torch.randperm(n, device=DEVICE)[kept:]] = -100
+            found = step(compiled, y, BF16)
+            exact, eager = step(fn, y, torch.float64), step(fn, y, BF16)
+            assert_as_accurate(found, eager, exact, [BF16, BF16, BF16])
+            if loss is LOSSES["mean"]:
+                assert not found[1][y < 0].any() and found[1][y >= 0].any()
+    assert taken and any(taken) == counted

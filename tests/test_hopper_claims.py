@@ -90,6 +90,8 @@ def test_another_layout_does_not_compile(
     product: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fields = list(STRUCTS[product]._fields_)
+    if what in ("two fields change places", "another type") and nvrtc.version() < (13, 5):
+        pytest.skip("needs NVRTC 13.5: older ones compare sizes alone, having no offsetof of a struct's field")
     if what == "two fields change places":
         fields[1], fields[2] = fields[2], fields[1]
     elif what == "a field more":

@@ -131,3 +131,30 @@ def test_a_gpu_that_is_not_there() -> None:
     if not torch.cuda.is_available():
         assert capabilities(torch.device("cuda", 0)).capability is None
     assert capabilities(torch.device("cpu")).clusters == 0
+
+
+@pytest.mark.parametrize(
+    "changes, packs",
+    [
+        ({}, True),
+        ({"counts": False}, False),
+        ({"grads": None, "mask": (False,) * 3}, True),
+        ({"recompute": True}, True),
+        ({"mask": (True, False, False)}, True),
+        ({"mask": (True, True, True)}, False),  # the gradient of a bias is summed over whole chunks
+        ({"dtype": torch.float16}, False),
+    ],
+    ids=str,
+)
+def test_where_rows_that_count_are_packed(changes: dict[str, Any], packs: bool) -> None:
+    p, all_rows = plan(**({"counts": True} | changes)), plan(**(changes | {"counts": False}))
+    assert p.packs == packs and ("of rows that count" in str(p)) == packs
+    if packs:
+        dw = p.chunks.rows * TRAINING.H * 2  # x of a chunk's rows
+        assert p.products.dx and p.products.dw and all_rows.peak_bytes <= p.peak_bytes <= all_rows.peak_bytes + dw
+    else:
+        assert p == all_rows
+
+
+def test_a_library_s_product_would_multiply_all_rows() -> None:
+    assert not plan(H=768).products.dx and plan(H=768, counts=True).products.dx

@@ -18,8 +18,9 @@ import lce_inductor
 from lce_inductor.bench.__main__ import _parser
 from lce_inductor.bench.models import _parser as models_parser
 from lce_inductor.config import Config
+from lce_inductor.lower.chunk_plan import peak_bytes
 from lce_inductor.lower.device_policy import POLICIES
-from lce_inductor.lower.plan import chunks, peak_bytes
+from lce_inductor.lower.plan import chunks
 from lce_inductor.reasons import REASONS
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Rows that the loss does not depend on are not computed, on a CPU; and everything comes out as in eager."""
+"""Rows that the loss does not depend on are not computed; and everything comes out as in eager."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from expecttest import assert_expected_inline
 from harness import Compiled, H, N, V, check_against_eager, check_results, fresh, head, joint_graph, listing, results
 from harness import rewrite as rewritten
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+
+from lce_inductor.lower import plan
+from lce_inductor.schedule.request import leaves_rows_out
+from lce_inductor.spec.statistics import LSE, TARGET
 
 Fn = Callable[..., object]
 KEPT = [2, 3, 9, 20, 21]  # of 24 rows: in the first, the second and the last of four sequences
@@ -419,3 +424,54 @@ def test_graph_where_all_rows_are_needed():
     x, w, _, _, m, *_ = arguments()
     fn = lambda x, w, m: (lambda r: masked_mean(r, m) + r.detach().sum())(lse(x, w))
     assert needed(fn, x, w, m) == "needed=all"
+
+
+# -- on a GPU
+
+
+def rows_left_out(dtype: torch.dtype, mask: tuple[bool, bool, bool] | None, n: int = 16384) -> bool:
+    """Of cross-entropy at n x 2048 x 131072 on a GPU that need not be there."""
+    graph, ops = torch.fx.Graph(), torch.ops.lce_inductor
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = {
+            "x": torch.empty(n, 2048, dtype=dtype, device="cuda"),
+            "weight": torch.empty(131072, 2048, dtype=dtype, device="cuda"),
+            "target": torch.empty(n, 1, dtype=torch.int64, device="cuda"), "g_lse": torch.empty(n, device="cuda"),
+            "g_target": torch.empty(n, 1, device="cuda"),
+        }  # fmt: skip
+    nodes = {name: graph.placeholder(name) for name in values}
+    for name, node in nodes.items():
+        node.meta["val"] = values[name]
+    settings = {
+        "epilogue": "",
+        "stats": LSE | TARGET,
+        "chunk_tokens": 0,
+        "workspace_bytes": 3 << 29,
+        "output_mask": mask,
+    }
+    op = ops.row_stats.default if mask is None else ops.row_stats_with_grad.default
+    names = [a.name for a in op._schema.arguments if a.name not in ("wide", "needed", "prefer")]
+    return leaves_rows_out(graph.call_function(op, tuple((nodes | settings).get(name) for name in names)))
+
+
+@pytest.mark.parametrize(
+    "dtype, mask, n, left_out",
+    [
+        (torch.bfloat16, (True, True, False), 16384, True),
+        (torch.bfloat16, None, 16384, True),
+        (torch.bfloat16, (True, True, True), 16384, False),
+        (torch.float16, (True, True, False), 16384, False),
+        (torch.bfloat16, (True, True, False), 512, False),
+    ],
+    ids=["three products", "forward", "bias", "fp16", "small"],
+)
+def test_a_gpu_is_told_where_it_packs(
+    dtype: torch.dtype, mask: tuple[bool, bool, bool] | None, n: int, left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = plan.Device("cuda", triton=True, capability=(9, 0), hopper=True, clusters=66)
+    monkeypatch.setattr(plan, "capabilities", lambda device: h100)
+    plan.planned.cache_clear()
+    try:
+        assert rows_left_out(dtype, mask, n) == left_out
+    finally:
+        plan.planned.cache_clear()

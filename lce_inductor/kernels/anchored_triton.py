@@ -87,7 +87,7 @@ class Launches:
             BLOCK_T=128, num_warps=4,
         )  # fmt: skip
 
-    def product(self, h: Call, n: int) -> bool:
+    def product(self, h: Call, row0: int, n: int) -> bool:
         """False: left to the library, which is faster than Triton (NOTES.md)."""
         return False
 

@@ -19,6 +19,8 @@ class Call:
         steps, slope: the epilogue, and its derivative where sums of logits have a gradient (it is affine then).
         samples: classes that a row without a target looks at for its anchor.
         store: is there room for a chunk's exponentials? known: is lse known beforehand?
+        packs: are only rows that count multiplied? needed: bool [N] or None, those that do whatever comes in.
+            x_packed: [rows, H], x of a chunk's.
         lse, d: [N], d as the kernels say. target_logit: [N, 1]. sum_logits: [N].
         class_sum, shift: [H] and [2], for the rows' sums of logits.
         grads: of the statistics, in fp32.
@@ -36,6 +38,7 @@ class Call:
     stride_t: int
     store: bool
     known: bool
+    packs: bool
     steps: Steps
     slope: float
     grads: RowGrads
@@ -43,6 +46,8 @@ class Call:
     weight: Tensor
     bias: Tensor | None
     target: Tensor | None
+    needed: Tensor | None
+    x_packed: Tensor | None
     lse: Tensor | None
     target_logit: Tensor | None
     sum_logits: Tensor | None

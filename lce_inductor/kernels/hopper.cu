@@ -52,8 +52,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     clear_claims(claims);
     cluster_sync();
 
-    const int pairs = (a.rows + 2 * BM - 1) / (2 * BM), columns = (a.columns + BN - 1) / BN;
-    const int steps = (a.inner + DEPTH - 1) / DEPTH, count = pairs * columns * splits(a);
+    const int pairs = (rows_of(a) + 2 * BM - 1) / (2 * BM), columns = (a.columns + BN - 1) / BN;
+    const int steps = (inner_of(a) + DEPTH - 1) / DEPTH, count = pairs * columns * splits(a);
 
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

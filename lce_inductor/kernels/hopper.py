@@ -90,6 +90,9 @@ def _try(variants: tuple[Variant, ...], device: torch.device) -> _Kernels | None
 
 class _Kernels(NamedTuple):
     products: tuple[nvrtc.Kernel, ...]  # one for each variant asked for
+    count: nvrtc.Kernel
+    pack: nvrtc.Kernel
+    gather: nvrtc.Kernel
     anchors: nvrtc.Kernel
     normalise: nvrtc.Kernel
     spread: nvrtc.Kernel
@@ -128,20 +131,23 @@ class _Prepared(NamedTuple):
 
 
 # Vectors that only the kernels see: anchor, raw [N]; u, row_max, flag [chunk rows]; sums, maxima [tiles * chunk rows],
-# of E and of the logits in each column tile; marked [chunks, 1 + pairs]. Behind them, what launch_dx counts.
-_SCRATCH = ("anchor", "raw", "u", "row_max", "flag", "sums", "maxima", "marked")
+# of E and of the logits in each column tile; counts, packed [N] and counted [1] where rows are packed; marked [chunks,
+# 1 + pairs]. Behind them, what launch_dx counts.
+_PACKING = ("counts", "packed", "counted")
+_SCRATCH = ("anchor", "raw", "u", "row_max", "flag", "sums", "maxima", *_PACKING, "marked")
 
 
 @functools.lru_cache(maxsize=128)
 def _prepared(
     device: torch.device, N: int, H: int, V: int, chunk_rows: int, chunks: int, tiles: int, samples: int, stride_x: int,
-    stride_w: int, stride_t: int, bias: bool, target: bool, store: bool, known: bool, steps: Steps,
+    stride_w: int, stride_t: int, bias: bool, target: bool, store: bool, known: bool, packs: bool, steps: Steps,
 ) -> _Prepared:  # fmt: skip
     variants = _variants(bias, target, store, known, steps)
     pairs = ceil_div(chunk_rows, PAIR)
     marks, parts = max(chunks, 1) * (1 + pairs), 0 if known else tiles * chunk_rows
     counted = counts_of_dx(chunk_rows, H) if store else 0
-    sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, marks, counted)
+    packing = (N, N, 1) if packs else (0, 0, 0)
+    sizes = (N, N, chunk_rows, chunk_rows, chunk_rows, parts, parts, *packing, marks, counted)
     rows = RowsArguments(
         N=N, H=H, V=V, samples=samples, tiles=tiles, marks=marks + counted, stride_x=stride_x, stride_w=stride_w,
         stride_t=stride_t, part_stride=chunk_rows,
@@ -165,7 +171,7 @@ class Launches:
         device, x, weight, target = h.x.device, h.x, h.weight, h.target
         self._prepared = p = _prepared(
             device, h.N, h.H, h.V, h.rows, h.chunks, h.tiles, h.samples, x.stride(0), weight.stride(0),
-            h.stride_t, h.bias is not None, target is not None, h.store, h.known, h.steps,
+            h.stride_t, h.bias is not None, target is not None, h.store, h.known, h.packs, h.steps,
         )  # fmt: skip
         self._stream = nvrtc.current_stream(device)
         nvrtc.need_context()
@@ -177,6 +183,8 @@ class Launches:
             setattr(r, name, base + begin)
         if h.known:
             r.sums = r.maxima = None
+        if not h.packs:
+            r.counts = r.packed = r.counted = None
         r.x, r.weight = x.data_ptr(), weight.data_ptr()
         if h.bias is not None:
             r.bias = h.bias.data_ptr()
@@ -187,8 +195,15 @@ class Launches:
 
     @property
     def u(self) -> Tensor:
-        begin = self._prepared.begins[_SCRATCH.index("u")] // 4
-        return self._scratch[begin : begin + self._chunk_rows]
+        return self._vector("u", self._chunk_rows)
+
+    def counts(self, h: Call) -> Tensor:
+        """bool [N]: the rows that count."""
+        return self._vector("counts", h.N).view(torch.int32) != 0
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        begin = self._prepared.begins[_SCRATCH.index(name)] // 4
+        return self._scratch[begin : begin + size]
 
     def prepare_products(self, h: Call) -> None:
         r, lse = self._rows, h.lse
@@ -197,20 +212,35 @@ class Launches:
         self._logits = a = LogitsArguments.from_buffer_copy(self._prepared.logits)
         a.anchor, a.bias, a.target = r.lse if h.known else r.anchor, r.bias, r.target
         a.sums, a.maxima, a.row_max, a.flag = r.sums, r.maxima, r.row_max, r.flag
-        self._x_map = nvrtc.tensor_map(h.x, h.N, ROWS)
+        a.order, a.counted = r.packed, r.counted
+        if h.packs:
+            assert h.x_packed is not None
+            r.x_packed, r.x_apart = h.x_packed.data_ptr(), h.x_packed.stride(0)
+        self._x_map = nvrtc.tensor_map(*((h.x, h.N) if h.x_packed is None else (h.x_packed, h.rows)), ROWS)
         self._w_map = nvrtc.tensor_map(h.weight, h.V, COLUMNS // 2)
 
     def prepare_gradients(self, h: Call) -> None:
         """Take what the call has by now: gradients of the statistics, and where those of x and weight go."""
+        r = self._rows
+        self._take_gradients(h)
+        r.class_sum, r.slope = _address(h.class_sum), h.slope
+        r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.d, h.product, h.xs, h.dx, h.dw, h.db))
+        assert h.e is not None
+        r.e, r.row_stride = _address(h.e), h.e.stride(0)
+
+    def _take_gradients(self, h: Call) -> None:
         r, g = self._rows, h.grads
         r.g_lse, r.g_slope, r.g_target, r.g_sum = map(_address, (g.lse, g.lse_slope, g.target, g.sum))
         r.stride_gl, r.stride_gs, r.stride_gt, r.stride_g = (
             0 if t is None else t.stride(0) for t in (g.lse, g.lse_slope, g.target, g.sum)
         )
-        r.class_sum, r.slope = _address(h.class_sum), h.slope
-        r.d, r.product, r.xs, r.dx, r.dw, r.db = map(_address, (h.d, h.product, h.xs, h.dx, h.dw, h.db))
-        assert h.e is not None
-        r.e, r.row_stride = _address(h.e), h.e.stride(0)
+
+    def pack(self, h: Call) -> None:
+        """Find the rows that count, and their order."""
+        self._take_gradients(h)
+        self._rows.needed = _address(h.needed)
+        self._kernels.count.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
+        self._kernels.pack.launch(1, 1024, (self._rows,), self._stream)
 
     def anchors(self, h: Call) -> None:
         self._kernels.anchors.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
@@ -219,6 +249,10 @@ class Launches:
         """E and its sums for rows row0 ... row0 + n; redo: as logits_kernel has it."""
         a, pairs = self._logits, ceil_div(n, PAIR)
         a.rows, a.row0, a.found = n, row0, self._found(row0)
+        a.x_row0 = 0 if h.packs else row0
+        if h.packs and not redo:
+            self._rows.row0, self._rows.rows = row0, n
+            self._kernels.gather.launch(ceil_div(n, 8), 256, (self._rows,), self._stream)
         a.group = _group(pairs)
         clusters = min(pairs * h.tiles, self._prepared.clusters)
         e_map = self._x_map if h.e is None else nvrtc.tensor_map(h.e, n, ROWS)
@@ -230,15 +264,24 @@ class Launches:
         flags = ctypes.c_int(h.known), ctypes.c_int(redo)
         self._kernels.normalise.launch(ceil_div(n, 32), 512, (r, *flags), self._stream)
 
-    def product(self, h: Call, n: int) -> bool:
+    def product(self, h: Call, row0: int, n: int) -> bool:
         """h.product[:n] = E @ weight, or False where that is left to the library."""
         assert h.product is not None and h.e is not None
         kernels = products(h.x.device, h.x.dtype)
         if kernels is None:
             return False
         counts = self._rows.anchor + self._prepared.begins[-2]
-        self._counted += launch_dx(kernels.dx, h.product[:n], h.e[:n], h.weight, counts, self._counted)
+        self._counted += launch_dx(
+            kernels.dx, h.product[:n], h.e[:n], h.weight, counts, self._counted, row0, self._rows.counted
+        )  # fmt: skip
         return True
+
+    def weight_gradient(self, h: Call, row0: int, n: int) -> None:
+        """h.dw (+)= E^T xs, of the rows that count."""
+        assert h.dw is not None and h.e is not None and h.xs is not None
+        kernels = products(h.x.device, h.x.dtype)
+        assert kernels is not None
+        launch_dw(kernels.dw, h.dw, h.e[:n], h.xs[:n], row0 > 0, row0, self._rows.counted)
 
     def spread(self, h: Call, row0: int, n: int, tail: int) -> None:
         self._rows.tail = tail
@@ -273,7 +316,7 @@ def launch_logits(
     n, (V, H) = len(z), weight.shape
     pairs = ceil_div(n, PAIR)
     a = LogitsArguments(
-        rows=n, columns=V, inner=H, row0=row0, group=_group(pairs), sums=sums.data_ptr(),
+        rows=n, columns=V, inner=H, row0=row0, x_row0=row0, group=_group(pairs), sums=sums.data_ptr(),
         maxima=maxima.data_ptr(), part_stride=n,
     )  # fmt: skip
     maps = (
@@ -313,7 +356,10 @@ def counts_of_dx(n: int, H: int) -> int:
     return 1 + 2 * ceil_div(n, PAIR) * ceil_div(H, COLUMNS)
 
 
-def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, counts: int, before: int) -> int:
+def launch_dx(
+    kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, counts: int, before: int, row0: int = 0,
+    counted: int | None = None,
+) -> int:  # fmt: skip
     """out = E @ weight on the current stream and device; returns by how much it raises each of `counts` but the first.
 
     Args:
@@ -321,13 +367,16 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, coun
         out: [n, H], fp32; e: [n, at least V], weight: [V, H]. Rows are 16-byte aligned.
         counts: address of counts_of_dx numbers, int32, for this stream alone. The first is 0.
         before: what the others are when the product begins.
+        row0, counted: of out and e only rows up to row0 + row < counted are there, an int32 on the device at this
+            address; None: all.
     """
     nvrtc.need_context()
     (n, H), V, most = out.shape, weight.shape[0], clusters(out.device)
     pairs, steps, parts = ceil_div(n, PAIR), ceil_div(V, DEPTH), parts_of_dx(n, H, V, most).count
     a = DxArguments(
         rows=n, columns=H, inner=V, group=_group(pairs), splits=parts,
-        part=ceil_div(steps, parts), before=before, next=counts, arrived=counts + ctypes.sizeof(ctypes.c_int),
+        part=ceil_div(steps, parts), before=before, row0=row0, counted=counted, next=counts,
+        arrived=counts + ctypes.sizeof(ctypes.c_int),
     )  # fmt: skip
     maps = (
         nvrtc.tensor_map(e[:, :V], n, ROWS),
@@ -339,17 +388,20 @@ def launch_dx(kernel: nvrtc.Kernel, out: Tensor, e: Tensor, weight: Tensor, coun
     return parts
 
 
-def launch_dw(kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulate: bool) -> None:
+def launch_dw(
+    kernel: nvrtc.Kernel, dw: Tensor, e: Tensor, xs: Tensor, accumulate: bool, row0: int = 0, counted: int | None = None
+) -> None:
     """dW (+)= E^T xs on the current stream and device.
 
     Args:
         kernel: of `products` for the device and the dtype of e and xs.
         dw: [V, H], fp32; e: [n, at least V], xs: [n, H], both of the kernel's dtype. Rows are 16-byte aligned.
         accumulate: False overwrites what is in dw.
+        row0, counted: as in launch_dx; behind those rows, up to a multiple of DEPTH, e is zero and xs finite.
     """
     nvrtc.need_context()
     (V, H), n = dw.shape, e.shape[0]
-    a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate)
+    a = DwArguments(rows=V, columns=H, inner=n, group=1, accumulate=accumulate, row0=row0, counted=counted)
     maps = nvrtc.tensor_map(e[:, :V], n, DEPTH), nvrtc.tensor_map(xs, n, DEPTH // 2), nvrtc.tensor_map(dw, V, ROWS)
     blocks = 2 * min(ceil_div(V, PAIR) * ceil_div(H, COLUMNS), clusters(dw.device))
     kernel.launch(blocks, _THREADS, (*maps, a), nvrtc.current_stream(dw.device))

@@ -17,20 +17,20 @@ class LogitsArguments(ctypes.Structure):
 
     _fields_ = _fields(
         "rows columns inner row0 group int, anchor bias target ptr, stride_t i64, sums maxima ptr, part_stride i64, "
-        "row_max flag found ptr"
+        "row_max flag found ptr, x_row0 int, order counted ptr"
     )
 
 
 class DwArguments(ctypes.Structure):
     """`Arguments` of hopper_dw.cuh."""
 
-    _fields_ = _fields("rows columns inner group accumulate int")
+    _fields_ = _fields("rows columns inner group accumulate row0 int, counted ptr")
 
 
 class DxArguments(ctypes.Structure):
     """`Arguments` of hopper_dx.cuh."""
 
-    _fields_ = _fields("rows columns inner group splits part before int, next arrived ptr")
+    _fields_ = _fields("rows columns inner group splits part before row0 int, counted next arrived ptr")
 
 
 class RowsArguments(ctypes.Structure):
@@ -40,7 +40,8 @@ class RowsArguments(ctypes.Structure):
         "N H V row0 rows samples tiles marks int, x weight ptr, stride_x stride_w i64, bias target ptr, stride_t i64, "
         "anchor raw target_logit class_sum shift sum_logits sums maxima ptr, part_stride i64, "
         "row_max flag found marked lse g_lse g_slope g_target g_sum ptr, stride_gl stride_gs stride_gt stride_g i64, "
-        "u d product e ptr, row_stride i64, tail int, slope float, dx xs dw db key order ends ptr"
+        "u d product e ptr, row_stride i64, tail int, slope float, dx xs dw db key order ends ptr, "
+        "needed counts packed counted x_packed ptr, x_apart i64"
     )
 
 

@@ -22,6 +22,17 @@ struct Tile {
     int k, steps;  // of the inner dimension: first step, and how many of DEPTH each
 };
 
+// Of the rows of a chunk, from `row0` on, those that count. The rows that count come first: all of the call's are before
+// `counted`, or every row counts where that is null. Their number is nobody's on the host: what is launched is the same.
+__device__ __forceinline__ int rows_that_count(int rows, int row0, const int* counted) {
+    return counted ? max(min(rows, *counted - row0), 0) : rows;
+}
+
+// The same, and at least one of a first chunk's: what is read of its E has been written then, and dW too.
+__device__ __forceinline__ int rows_to_write(int rows, int row0, const int* counted) {
+    return max(rows_that_count(rows, row0, counted), row0 == 0);
+}
+
 // `group` pairs of row tiles at a time, so that both operands stay in L2.
 __device__ __forceinline__ Tile tile_at(int tile, int pairs, int columns, int group, int steps) {
     int per_group = group * columns, first = tile / per_group * group;

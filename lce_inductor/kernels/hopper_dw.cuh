@@ -10,9 +10,14 @@ struct Arguments {
     int rows, columns, inner;  // of the product: V, H, n
     int group;                 // pairs of row tiles that share columns
     int accumulate;            // 0: overwrite what is there
+    int row0;                  // where the chunk begins
+    const int* counted;        // how many rows of the call count; null: all
 };
 
-__device__ __forceinline__ bool nothing_to_do(const Arguments&) { return false; }
+// Up to the end of their last step of DEPTH rows, E or xs is zero behind the rows that count.
+__device__ __forceinline__ int rows_of(const Arguments& a) { return a.rows; }
+__device__ __forceinline__ int inner_of(const Arguments& a) { return rows_to_write(a.inner, a.row0, a.counted); }
+__device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return inner_of(a) == 0; }
 __device__ __forceinline__ bool wanted(const Arguments&, int) { return true; }
 
 // A step of both operands: 64 rows of E for 128 classes, and this block's half of as many rows of xs.

@@ -18,11 +18,15 @@ struct Arguments {
     int group;                 // pairs of row tiles that share columns
     int splits, part;          // parts of the inner dimension, steps of each; the last may have fewer
     int before;                // what `arrived` holds before this launch
+    int row0;                  // where the chunk begins
+    const int* counted;        // how many rows of the call count; null: all
     int* next;                 // the lowest part that nobody has claimed; 0 before a launch and after it
     int* arrived;              // [row tiles, column tiles]: parts of a tile that have been added
 };
 
-__device__ __forceinline__ bool nothing_to_do(const Arguments&) { return false; }
+__device__ __forceinline__ int rows_of(const Arguments& a) { return rows_that_count(a.rows, a.row0, a.counted); }
+__device__ __forceinline__ int inner_of(const Arguments& a) { return a.inner; }
+__device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return rows_of(a) == 0; }
 __device__ __forceinline__ bool wanted(const Arguments&, int) { return true; }
 __device__ __forceinline__ int splits(const Arguments& a) { return a.splits; }
 

@@ -23,15 +23,20 @@ struct Arguments {
     const float* row_max;              // [chunk rows], of rows that are saturated
     const int* flag;                   // [chunk rows], 1: saturated
     const int* found;                  // [1 + pairs of row tiles], 1: has a saturated row; the first: any has
+    int x_row0;                        // where the chunk begins in what its x is fetched from
+    const int* order;                  // [N], the rows in the chunks' order; null: as they are
+    const int* counted;                // how many of them count; null: all
 };
 
-__device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return REDO && a.found[0] == 0; }
+__device__ __forceinline__ int rows_of(const Arguments& a) { return PLAIN ? a.rows : rows_to_write(a.rows, a.row0, a.counted); }
+__device__ __forceinline__ int inner_of(const Arguments& a) { return a.inner; }
+__device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return (REDO && a.found[0] == 0) || rows_of(a) == 0; }
 __device__ __forceinline__ bool wanted(const Arguments& a, int m) { return !REDO || a.found[1 + m / (2 * BM)] != 0; }
 
 // A step of both operands: 128 rows of x, and this block's half of BN classes.
 __device__ __forceinline__ void fetch_stage(const Arguments& a, const TensorMap* x_map, const TensorMap* w_map, u32 to_a,
                                             u32 to_b, int m, int n, int k, u32 rank, u32 bar) {
-    fetch(to_a, x_map, k, a.row0 + m, bar);
+    fetch(to_a, x_map, k, a.x_row0 + m, bar);
     fetch_for_both(to_b + rank * B_BYTES / 2, w_map, k, n + rank * BN / 2, bar);
 }
 
@@ -119,13 +124,16 @@ __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN /
     float shift[2][2];
     int out[2][2];
     bool aside[2];
+    const int rows = PLAIN ? a.rows : rows_that_count(a.rows, a.row0, a.counted);
     FOR(m, 2) {
         aside[m] = first_v + BN > a.columns;
         if (!PLAIN) FOR(h, 2) {
             const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
-            const bool inside = local < a.rows;
-            const long long row = (long long)a.row0 + local;
-            float anchor = inside ? a.anchor[row] : 0.0f;
+            const bool inside = local < rows;
+            long long row = (long long)a.row0 + local;
+            if (a.order && inside) row = a.order[row];
+            // Of a row that is not there E is zero: the product for dW may read it.
+            float anchor = inside ? a.anchor[row] : INF;
             if (REDO && inside && a.flag[local] > 0) {
                 const float largest = fmaxf(anchor, a.row_max[local]);
                 // With an infinite anchor, exp(z) itself is as in logsumexp.
@@ -160,7 +168,7 @@ __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN /
                     high[h] = fmaxf(high[h], __shfl_xor_sync(0xffffffff, high[h], 1 << i));
                 }
                 const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
-                if (lane % 4 == 0 && local < a.rows) {
+                if (lane % 4 == 0 && local < rows) {
                     const long long at = (long long)(first_v / BN) * a.part_stride + local;
                     a.sums[at] = sum[h];
                     a.maxima[at] = high[h];

@@ -40,11 +40,18 @@ struct Arguments {
     float *dw, *db;                           // [V, H], [V]
     const int* key;                           // [N]: targets, sorted, V for none
     const i64 *order, *ends;                  // [N]: their rows; where a class's entries end
+    const unsigned char* needed;              // [N], rows that count whatever their gradients are; null: none
+    int* counts;                              // [N], 1: the row counts
+    int* packed;                              // [N], the rows that count, in order; null: every row does
+    int* counted;                             // [1], how many they are
+    bf16* x_packed;                           // [chunk rows, x_apart], their x
+    i64 x_apart;
 };
 
 #define INF __int_as_float(0x7f800000)
 
-constexpr int PAIR = 256;             // rows that share a mark
+constexpr int PAIR = 256;             // rows that share a mark: a pair of row tiles
+constexpr int DEPTH = 64;             // rows in one step of the product for dW
 constexpr float SATURATED = 1.0e26f;  // see anchored_kernels.py
 constexpr int LINE = 32 * 8;          // columns that a warp takes at a time
 
@@ -107,11 +114,78 @@ __device__ __forceinline__ int column(const Arguments& a, int row) {
 
 __device__ __forceinline__ float at(const float* of, i64 row, i64 stride) { return of ? of[row * stride] : 0.0f; }
 
+// Where a chunk's rows are, and how many it has: those that count come first.
+__device__ __forceinline__ int row_at(const Arguments& a, int place) { return a.packed ? a.packed[place] : place; }
+__device__ __forceinline__ int rows_here(const Arguments& a) {
+    return a.packed ? max(min(a.rows, *a.counted - a.row0), 0) : a.rows;
+}
+
+// A warp for each row of x: does it count? It does, too, if its logits might be infinite: zero times that is not zero.
+constexpr u32 LARGE = (127 + 40) << 7;  // the bits of 2^40 in bf16
+
+extern "C" __global__ void __launch_bounds__(256) lce_count(const __grid_constant__ Arguments a) {
+    const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= a.N) return;
+    bool counts = a.needed && a.needed[row];
+    counts |= at(a.g_lse, row, a.stride_gl) != 0.0f || at(a.g_slope, row, a.stride_gs) != 0.0f ||
+              at(a.g_target, row, a.stride_gt) != 0.0f || at(a.g_sum, row, a.stride_g) != 0.0f;
+    for (int h = lane * 8; h < a.H && !counts; h += LINE) {
+        const uint4 p = *reinterpret_cast<const uint4*>(a.x + row * a.stride_x + h);
+        const u32 q[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) counts |= (q[i] & 0x7fff) > LARGE || (q[i] >> 16 & 0x7fff) > LARGE;
+    }
+    counts = __any_sync(0xffffffff, counts);
+    if (lane == 0) a.counts[row] = counts;
+}
+
+// One block: each of its threads takes as many rows, and puts those that count behind those of the threads before it.
+extern "C" __global__ void __launch_bounds__(1024) lce_pack(const __grid_constant__ Arguments a) {
+    __shared__ int before_warp[32];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, each = (a.N + 1023) / 1024;
+    const int first = min(thread * each, a.N), end = min(first + each, a.N);
+    int mine = 0;
+    for (int row = first; row < end; ++row) mine += a.counts[row];
+    int place = mine;  // up to and with this thread's
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+        const int below = __shfl_up_sync(0xffffffff, place, i);
+        if (lane >= i) place += below;
+    }
+    if (lane == 31) before_warp[warp] = place;
+    __syncthreads();
+    if (warp == 0) {
+        int sum = before_warp[lane];
+#pragma unroll
+        for (int i = 1; i < 32; i <<= 1) {
+            const int below = __shfl_up_sync(0xffffffff, sum, i);
+            if (lane >= i) sum += below;
+        }
+        before_warp[lane] = sum;
+    }
+    __syncthreads();
+    place += (warp > 0 ? before_warp[warp - 1] : 0) - mine;
+    if (thread == 0) *a.counted = before_warp[31];
+    for (int row = first; row < end; ++row)
+        if (a.counts[row]) a.packed[place++] = row;
+}
+
+// A warp for each row of a chunk: x of the rows that count, and zeros up to the end of their last pair of row tiles.
+extern "C" __global__ void __launch_bounds__(256) lce_gather(const __grid_constant__ Arguments a) {
+    const int local = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, rows = rows_here(a);
+    if (local >= a.rows || local >= (max(rows, a.row0 == 0) + PAIR - 1) / PAIR * PAIR) return;
+    const bf16* from = local < rows ? a.x + row_at(a, a.row0 + local) * a.stride_x : nullptr;
+    for (int h = lane * 8; h < a.H; h += LINE)
+        *reinterpret_cast<uint4*>(a.x_packed + local * a.x_apart + h) =
+            from ? *reinterpret_cast<const uint4*>(from + h) : make_uint4(0, 0, 0, 0);
+}
+
 // A warp for each row of x.
 extern "C" __global__ void __launch_bounds__(256) lce_anchors(const __grid_constant__ Arguments a) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.marks; i += gridDim.x * blockDim.x) a.marked[i] = 0;
-    const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= a.N) return;
+    const int place = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (place >= (a.packed ? *a.counted : a.N)) return;
+    const int row = row_at(a, place);
     const int t = column(a, row);
     const bf16* x = a.x + row * a.stride_x;
     float anchor = -INF, raw = 0.0f;
@@ -144,7 +218,7 @@ template <typename F> __device__ __forceinline__ float over_tiles(const Argument
     __shared__ float part[WARPS][33];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, local = blockIdx.x * 32 + lane;
     float r = start;
-    if (local < a.rows) {
+    if (local < rows_here(a)) {
 #pragma unroll 4
         for (int tile = warp; tile < a.tiles; tile += WARPS) r = f(r, of[tile * a.part_stride + local]);
     }
@@ -161,8 +235,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     lce_normalise(const __grid_constant__ Arguments a, int known, int redo) {
     if (redo && a.found[0] == 0) return;
     const int local = blockIdx.x * 32 + threadIdx.x % 32;
-    const bool inside = local < a.rows, writes = inside && threadIdx.x < 32;
-    const int row = a.row0 + (inside ? local : 0), t = column(a, row);
+    const bool inside = local < rows_here(a), writes = inside && threadIdx.x < 32;
+    if (!__syncthreads_or(inside)) return;
+    const int row = inside ? row_at(a, a.row0 + local) : 0, t = column(a, row);
     const float y_t = a.anchor[row];
     float lse, rest = 0.0f, total = 0.0f, at_target = 0.0f;
     if (known) {
@@ -203,9 +278,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
 // A warp for each row of the chunk: dX = u (E weight) + d weight[target] (+ the sum's term), and xs = u x for dW.
 extern "C" __global__ void __launch_bounds__(256) lce_spread(const __grid_constant__ Arguments a) {
-    const int local = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int local = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, rows = rows_here(a);
     if (local >= a.rows) return;
-    const int row = a.row0 + local, t = column(a, row);
+    if (local >= rows) {
+        // The product for dW reads whole steps of its inner dimension: E is zero there, and this must be finite.
+        if (a.xs && local < (max(rows, a.row0 == 0) + DEPTH - 1) / DEPTH * DEPTH)
+            for (int h = lane * 8; h < a.H; h += LINE) store(a.xs + (i64)local * a.H + h, Eight{});
+        return;
+    }
+    const int row = row_at(a, a.row0 + local), t = column(a, row);
     const float u = a.u[local], d = a.d[row], g = at(a.g_sum, row, a.stride_g) * a.slope;
     for (int h = lane * 8; h < a.H; h += LINE) {
         if (a.xs) {

@@ -76,6 +76,13 @@ def available() -> bool:
     return True
 
 
+def version() -> tuple[int, int]:
+    """Of NVRTC: major, minor."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
 def compile(source: str, architecture: str = "sm_90a", folder: pathlib.Path | None = None) -> bytes:
     """CUDA C++ to a cubin.
 
@@ -90,14 +97,11 @@ def compile(source: str, architecture: str = "sm_90a", folder: pathlib.Path | No
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         folder = pathlib.Path(cache_dir()) / "lce_inductor"
-    library = _nvrtc()
-    version = (ctypes.c_int(), ctypes.c_int())
-    library.nvrtcVersion(*map(ctypes.byref, version))
-    key = hashlib.sha256(f"{architecture} {[v.value for v in version]} {source}".encode()).hexdigest()
+    key = hashlib.sha256(f"{architecture} {list(version())} {source}".encode()).hexdigest()
     path = folder / f"{key}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
-    cubin = _compile(library, source, architecture)
+    cubin = _compile(_nvrtc(), source, architecture)
     with contextlib.suppress(OSError):  # a cache that cannot be written is none
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)

@@ -35,13 +35,13 @@ _MODULES = {
 
 def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | None = None) -> Stats:
     """Statistics only: one product, nothing kept, nothing written but statistics; zeros in rows that don't count."""
-    rows = None if needed is None else counting(a, needed)
+    rows = None if needed is None or _packs(plan) else counting(a, needed)
     if rows is not None:
         _check_targets(a, stats)
         return unpacked_stats(forward(packed(a, rows), stats, plan=plan), stats, rows, len(a.x))
-    p = plan or _plan(request(a, stats), a)
+    p = plan or _plan(request(a, stats, counts=needed is not None), a)
     with _device(a.x):
-        found = _module(p.algorithm).forward(a, stats, p)
+        found = _module(p.algorithm).forward(a, stats, p, **_needed(p, needed))
         _assert_targets(a, p)
     return found
 
@@ -51,12 +51,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed; dX is zero in
     rows that don't count."""
-    rows = counting(a, None, grads)
+    rows = None if _packs(plan) else counting(a, None, grads)
     if rows is not None:
         of_rows = lse[rows], None if neg_entropy is None else neg_entropy[rows], packed_grads(grads, rows)
         dx, dw, db = backward(packed(a, rows), *of_rows, mask, plan)
         return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
-    p = plan or _plan(request(a, 0, grads, mask, recompute=True), a)
+    p = plan or _plan(request(a, 0, grads, mask, recompute=True, counts=True), a)
+    if not _packs(p):
+        lse = _read(lse, grads)
     with _device(a.x):
         return _module(p.algorithm if p.classes is None else CLASSES).backward(a, lse, neg_entropy, grads, mask, p)
 
@@ -67,28 +69,51 @@ def with_grad(
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:  # fmt: skip
     """Statistics, and gradients while each chunk's logits are there: three products. Statistics and dX are zero in rows
     that don't count. wide: dW and db in fp32."""
-    rows = None if needed is None else counting(a, needed, grads)
+    rows = None if needed is None or _packs(plan) else counting(a, needed, grads)
     if rows is not None:
         _check_targets(a, stats)
         found, dx, dw, db = with_grad(packed(a, rows), stats, packed_grads(grads, rows), mask, wide, plan=plan)
         return unpacked_stats(found, stats, rows, len(a.x)), unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
-    p = plan or _plan(request(a, computed(stats, grads.bits()), grads, mask), a)
+    p = plan or _plan(request(a, computed(stats, grads.bits()), grads, mask, counts=needed is not None), a)
     with _device(a.x):
-        found = _module(p.algorithm).with_grad(a, stats, grads, mask, wide, p)
+        found = _module(p.algorithm).with_grad(a, stats, grads, mask, wide, p, **_needed(p, needed))
         _assert_targets(a, p)
     return found
 
 
 def request(
-    a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3, recompute: bool = False
-) -> Request:
+    a: HeadArgs, stats: int, grads: RowGrads | None = None, mask: Mask = (False,) * 3, recompute: bool = False,
+    counts: bool = False,
+) -> Request:  # fmt: skip
     """What a call asks for. stats: bits of those that it computes."""
     (N, H), given = a.x.shape, None if grads is None else grads.bits()
     return Request(
         N, H, a.weight.shape[0], a.x.dtype, a.chunk_tokens, a.workspace_bytes, stats,
         0 if a.target is None else a.target.shape[1], a.epilogue, a.bias is not None, aligned(a.weight), given, mask,
-        recompute, a.prefer,
+        recompute, a.prefer, counts,
     )  # fmt: skip
+
+
+def _read(lse: Tensor, grads: RowGrads) -> Tensor:
+    """lse of the rows that something comes in for, elsewhere +inf, as if nothing of a row were left of its softmax.
+
+    The forward may not have computed those, and below a lse of zero exponentials overflow: zero times that is NaN.
+    """
+    read = torch.zeros_like(lse, dtype=torch.bool)
+    for g in grads:
+        if g is not None:
+            read |= (g != 0).any(1) if g.dim() > 1 else g != 0
+    return torch.where(read, lse, torch.inf)
+
+
+def _packs(plan: Plan | None) -> bool:
+    """Does the implementation that was chosen for this call pack its rows?"""
+    return plan is not None and plan.packs
+
+
+def _needed(p: Plan, needed: Tensor | None) -> dict[str, Tensor | None]:
+    """For an implementation that packs rows on the device; the others compute them all."""
+    return {"needed": needed} if p.packs else {}
 
 
 def _plan(r: Request, a: HeadArgs) -> Plan:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..kernels import anchored_triton, hopper
 from ..kernels.call import Call
 from ..spec.epilogue import affine_slope
+from ..spec.sizes import round_up
 from ..spec.statistics import LSE, SUM, TARGET, HeadArgs, RowGrads, Stats, grad_dtype
 from .device_policy import ANCHORED
 from .plan import Mask, Plan
@@ -36,9 +37,9 @@ from .products import on_sectors, product, weight_gradient
 _SAMPLES = 16
 
 
-def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
+def forward(a: HeadArgs, stats: int, p: Plan, needed: Tensor | None = None) -> Stats:
     """Statistics LSE, TARGET and SUM: one product, of which only partial sums are written."""
-    head = Head(a, stats, p)
+    head = Head(a, stats, p, needed=needed)
     head.start(store=False)
     head.first_product(None)
     for row0, n in p.chunks.bounds(head.N):
@@ -47,10 +48,10 @@ def forward(a: HeadArgs, stats: int, p: Plan) -> Stats:
 
 
 def with_grad(
-    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan
+    a: HeadArgs, stats: int, grads: RowGrads, mask: Mask, wide: bool, p: Plan, needed: Tensor | None = None
 ) -> tuple[Stats, Tensor, Tensor, Tensor]:
     """Statistics and gradients with three products; wide: dW and db in fp32."""
-    head = Head(a, stats, p)
+    head = Head(a, stats, p, needed=needed)
     gradients = _gradients(head, grads, mask, grad_dtype(a.x.dtype, wide))
     return (head.stats(), *gradients)
 
@@ -66,18 +67,21 @@ def backward(
 def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     assert mask[1] or not mask[2]
     a, p, N, V = head.a, head.plan, head.N, head.V
+    head.take(grads)
     head.start(store=True)
     buffer = a.x.new_empty(p.chunks.rows, p.chunks.row_stride)
     head.first_product(buffer)
     # From here on the GPU is busy.
-    head.prepare_gradients(grads, mask)
+    head.prepare_gradients(mask)
     for row0, n in p.chunks.bounds(N):
         head.logits(row0, n)
         tail, ours = 0, p.products_of(n)
-        if head.product is not None and not (ours.dx and head.launches.product(head, n)):
+        if head.product is not None and not (ours.dx and head.launches.product(head, row0, n)):
             tail = head.product_by_library(n)
         head.launches.spread(head, row0, n, tail)
-        if head.dw is not None:
+        if head.dw is not None and head.packs:
+            head.launches.weight_gradient(head, row0, n)
+        elif head.dw is not None:
             assert head.xs is not None
             weight_gradient(head.dw, buffer[:n], head.xs[:n], ours.dw, accumulate=row0 > 0)
         if head.db is not None:
@@ -94,7 +98,9 @@ def _gradients(head: Head, grads: RowGrads, mask: Mask, dtype: torch.dtype) -> t
 class Head(Call):
     """A call, and the order of its launches; the engine's `launches` see all of it."""
 
-    def __init__(self, a: HeadArgs, stats: int, p: Plan, lse: Tensor | None = None) -> None:
+    def __init__(
+        self, a: HeadArgs, stats: int, p: Plan, lse: Tensor | None = None, needed: Tensor | None = None
+    ) -> None:
         self.a, self.asked, self.plan = a, stats, p
         self.rows, self.chunks = p.chunks.rows, p.chunks.count
         self.N, self.H = a.x.shape
@@ -109,15 +115,21 @@ class Head(Call):
         self.samples = min(_SAMPLES, self.V)
         self.known = lse is not None
         self.lse = lse
-        columns = 0 if a.target is None else a.target.shape[1]
-        self.target_logit = self.f32(self.N, columns) if stats & TARGET else None
-        self.sum_logits = self.f32(self.N) if stats & SUM else None
         ours = p.algorithm == ANCHORED and hopper.supported(a.x.device)
         self.engine = hopper if ours else anchored_triton
+        self.packs = p.packs and ours
+        self.needed = needed if needed is None else needed.contiguous()
+        columns = 0 if a.target is None else a.target.shape[1]
+        self.target_logit = self.of_rows(self.N, columns) if stats & TARGET else None
+        self.sum_logits = self.of_rows(self.N) if stats & SUM else None
         self.tiles = self.engine.tiles(self)
         self.grads = RowGrads()
         self.class_sum = self.shift = self.d = None
-        self.product = self.xs = self.dx = self.dw = self.db = None
+        self.product = self.xs = self.dx = self.dw = self.db = self.x_packed = None
+
+    def take(self, grads: RowGrads) -> None:
+        """What comes in from the statistics: rows may count for it."""
+        self.grads = RowGrads(*(None if t is None else t.float() for t in grads))
 
     def start(self, store: bool) -> None:
         """Anchors. Until they are launched the GPU waits, and every microsecond of the host is one of the step.
@@ -132,9 +144,13 @@ class Head(Call):
                 b = c.new_zeros(()) if self.bias is None else (self.bias * c).sum()
                 self.class_sum, self.shift = self.column_sums(self.weight, self.class_weight), torch.stack([b, c.sum()])
             self.launches = self.engine.Launches(self)
+            if self.packs:
+                self.launches.pack(self)
             self.launches.anchors(self)
+        if self.packs:
+            self.x_packed = self.x.new_empty(self.rows, round_up(self.H, 16))[:, : self.H]
         if self.lse is None:
-            self.lse = self.f32(self.N)
+            self.lse = self.of_rows(self.N)
 
     def first_product(self, e: Tensor | None) -> None:
         """That of the first chunk. e: where each chunk's exponentials go; None where only sums are wanted."""
@@ -143,15 +159,20 @@ class Head(Call):
             self.launches.prepare_products(self)
             self.launches.exponentials(self, 0, min(self.rows, self.N), redo=False)
 
-    def prepare_gradients(self, grads: RowGrads, mask: Mask) -> None:
-        g, x, rows = grads, self.x, self.rows
-        self.grads = RowGrads(*(None if t is None else t.float() for t in g))
+    def of_rows(self, *shape: int) -> Tensor:
+        """Memory in fp32 for what is written of the rows that count; zeros elsewhere."""
+        return self.f32(*shape).zero_() if self.packs else self.f32(*shape)
+
+    def prepare_gradients(self, mask: Mask) -> None:
+        g, x, rows = self.grads, self.x, self.rows
         if g.sum is not None and self.class_sum is None:
             self.class_sum = self.column_sums(self.weight, self.class_weight)
         self.slope = 1.0 if g.sum is None else affine_slope(self.steps)
         self.d = self.f32(self.N)
         if mask[0]:
             self.dx, self.product = x.new_empty(self.N, self.H), self.f32(rows, self.H)
+            if self.packs:
+                self.dx.zero_()
         if mask[1]:
             self.dw, self.xs = self.f32(self.V, self.H), x.new_empty(rows, self.H)
         if mask[2]:
@@ -185,7 +206,7 @@ class Head(Call):
 
     def free_chunk(self) -> None:
         """Let go of what only the chunks needed."""
-        self.e = self.product = self.xs = None
+        self.e = self.product = self.xs = self.x_packed = None
 
     def collect(self) -> None:
         """The targets' part of dW and db, class by class in the order of rows, and that of the sums of logits."""
@@ -199,6 +220,8 @@ class Head(Call):
         if self.target is not None:
             # Before it is narrowed: a label out of range must not become another one, or a negative one.
             some = (self.target >= 0) & (self.target < self.V)
+            if self.packs:
+                some &= self.launches.counts(self)
             key = torch.where(some, self.target, self.V).to(torch.int32)
             key, order = torch.sort(key, stable=True)
             self.launches.collect(self, key, order, torch.searchsorted(key, key, right=True))

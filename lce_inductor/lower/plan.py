@@ -21,6 +21,7 @@ from ..kernels import hopper, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
 from ..spec.statistics import LSE, NEG_ENTROPY, SUM, TARGET
+from .chunk_plan import ChunkPlan, ClassPlan, anchored_peak_bytes, class_peak_bytes, peak_bytes
 from .device_policy import (
     ANCHORED,
     ANCHORED_TRITON,
@@ -68,6 +69,7 @@ class Request(NamedTuple):
         grads: bits of the statistics that a gradient is given for; None where no gradients are asked for at all.
         mask: which of dX, dW and db are.
         recompute: are they computed by a backward, from logits that it computes again?
+        counts: may rows be left out that don't count?
         prefer: "speed" or "memory".
     """
 
@@ -86,36 +88,11 @@ class Request(NamedTuple):
     mask: Mask = (False, False, False)
     recompute: bool = False
     prefer: str = "speed"
+    counts: bool = False
 
     @property
     def for_memory(self) -> bool:
         return self.prefer == "memory"
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkPlan:
-    """`count` chunks of `rows` rows (the last may be shorter), each row `row_stride` elements apart."""
-
-    rows: int
-    count: int
-    row_stride: int
-
-    def bounds(self, N: int) -> list[tuple[int, int]]:
-        """First row and number of rows of each chunk."""
-        return [(start, min(self.rows, N - start)) for start in range(0, N, self.rows or 1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassPlan:
-    """`count` blocks of `classes` classes (the last may have fewer), rows rounded up to `align` elements."""
-
-    classes: int
-    count: int
-    align: int
-
-    def bounds(self, V: int) -> list[tuple[int, int]]:
-        """First class and number of classes of each block."""
-        return [(start, min(self.classes, V - start)) for start in range(0, V, self.classes or 1)]
 
 
 class Products(NamedTuple):
@@ -137,6 +114,7 @@ class Plan:
         classes: blocks of classes that take the place of chunks, or None.
         ruled_out: the faster ones for the device, and why each does not do; empty, too, where the caller chose.
         products: of a chunk; last_products: of the last one, which may have fewer rows.
+        packs: are rows that don't count packed away on the device?
         wide: shall what multiplies dW by the tangent take its sums in fp32?
         peak_bytes: predicted, as peak_bytes() has it.
     """
@@ -149,6 +127,7 @@ class Plan:
     wide: bool
     peak_bytes: int
     classes: ClassPlan | None = None
+    packs: bool = False
 
     def products_of(self, n: int) -> Products:
         """Of a chunk of n rows."""
@@ -159,7 +138,8 @@ class Plan:
         cut = f"{self.chunks.count} chunks of {self.chunks.rows} tokens"
         if self.classes is not None:
             cut = f"{self.classes.count} blocks of {self.classes.classes} classes"
-        return f"{cut}, {self.algorithm}{why}"
+        packs = ", of rows that count" if self.packs else ""
+        return f"{cut}{packs}, {self.algorithm}{why}"
 
 
 @functools.cache
@@ -264,10 +244,11 @@ def decide(r: Request, device: Device, policy: Policy, algorithm: str | None = N
     assert algorithm is not None
     blocks = _blocks_of(r, policy, cut, algorithm) if algorithm in _BY_CLASSES else None
     dx, dw = r.mask[:2] if r.grads is not None else (False, False)
+    packs = algorithm == ANCHORED and _packs(r)
     if algorithm in (ANCHORED, ANCHORED_TRITON):
         if r.grads is None:
             cut = _chunks_of_sums(r, _tile_columns(r.H, device, algorithm), policy)
-        peak = anchored_peak_bytes(cut, r.N, r.H, r.V, dx, dw)
+        peak = anchored_peak_bytes(cut, r.N, r.H, r.V, dx, dw, packs)
     else:
         peak = _peak(r, blocks or cut, algorithm)
     last = r.N - (cut.count - 1) * cut.rows
@@ -276,7 +257,14 @@ def decide(r: Request, device: Device, policy: Policy, algorithm: str | None = N
     of_last = ours
     if last != cut.rows:
         of_last = ours._replace(dx=products(last, r.H, r.V, r.dtype, device, policy.products).dx)
-    return Plan(algorithm, tuple(ruled_out), cut, ours, of_last, wide, peak, blocks)
+    if packs:  # the library's would multiply all rows
+        ours = of_last = ours._replace(dx=True, dw=True)
+    return Plan(algorithm, tuple(ruled_out), cut, ours, of_last, wide, peak, blocks, packs)
+
+
+def _packs(r: Request) -> bool:
+    """Are rows packed away? The gradient of a bias is summed over whole chunks."""
+    return r.counts and not (r.grads is not None and r.mask[2])
 
 
 class Training(NamedTuple):
@@ -432,30 +420,6 @@ def _chunks_of_sums(r: Request, columns: int, policy: Policy) -> ChunkPlan:
     return ChunkPlan(rows, ceil_div(r.N, rows), 0)
 
 
-def peak_bytes(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool, beside: int = 0) -> int:
-    """Predicted bytes that loss and gradients add at their peak, the gradients included.
-
-    [N] vectors are left out, and what our products on sm_90 leave beside a chunk of a 16-bit head, 2% of it.
-    beside: bytes of what else there is only while a chunk is.
-    """
-    chunk = p.rows * p.row_stride * itemsize + beside
-    return _with_sums(chunk, N * H * itemsize * dx, V * H * itemsize * dw, p.count, itemsize)
-
-
-def class_peak_bytes(p: ClassPlan, N: int, H: int, V: int, itemsize: int, dx: bool, dw: bool, beside: int = 0) -> int:
-    """The same for blocks of classes: it is dX that all of them add to."""
-    block = N * round_up(p.classes, p.align) * itemsize + beside
-    return _with_sums(block, V * H * itemsize * dw, N * H * itemsize * dx, p.count, itemsize)
-
-
-def _with_sums(piece: int, placed: int, summed: int, count: int, itemsize: int) -> int:
-    """placed: bytes of the gradient that each piece of the logits has a part of for its own; summed: of the other one,
-    in fp32 if there are several, and cast once the piece is free."""
-    if count <= 1 or itemsize >= 4:
-        return piece + placed + summed
-    return placed + summed // itemsize * 4 + max(piece, summed)
-
-
 def _peak(r: Request, cut: ChunkPlan | ClassPlan, algorithm: str) -> int:
     dx, dw = r.mask[:2] if r.grads is not None else (False, False)
     sizes = r.N, r.H, r.V, r.dtype.itemsize, dx, dw
@@ -479,20 +443,3 @@ def _beside(r: Request, n: int, classes: int, factor: int, summed: bool) -> int:
     block = min(max(BLOCK // classes, 1), n) * classes * max(r.dtype.itemsize, 4)
     widened = (min(WIDENED, n * classes) + factor * r.H) * 4
     return max(block * copies, widened * (narrow and summed))
-
-
-def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, policy: Chunks) -> bool:
-    """Would torch.compile alone, which holds all logits once, hold hardly more than the plan?"""
-    whole = ChunkPlan(N, 1, p.row_stride)
-    alone, chunked = (peak_bytes(q, N, H, V, itemsize, dx=True, dw=dw) for q in (whole, p))
-    return alone - chunked < policy.least_saving
-
-
-def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool) -> int:
-    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out.
-
-    x is taken to have rows that begin on 32 bytes if H allows it; else it is copied to such rows.
-    """
-    copied = N * round_up(H, 16) * 2 if H % 16 else 0
-    chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw) + ceil_div(V, 192) * p.rows * 8
-    return copied + (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)

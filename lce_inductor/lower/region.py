@@ -42,7 +42,7 @@ def prepare(a: Arguments) -> bool:
     check(a)
     chunks = a.chunks()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        key = _Memory(a, chunks.rows).key
+        key = _Memory(a, chunks.rows, _logits(a, chunks.rows)).key
     counts = {count for _, n in chunks.bounds(a.N) for _, count in pieces(key, n, device.elements())}
     return all(compiled.prepare(key, n) for n in sorted(counts - {1}, reverse=True))
 
@@ -56,40 +56,47 @@ def _run(a: Arguments, device: ModuleType) -> _Outputs:
     if chunks.count:
         # Products take these as they are; a copy, if one is needed, is made once.
         xs, weights, matrices = ([as_factor(t) for t in ts] for ts in (a.xs, a.weights, a.matrices))
-        memory = _Memory(a, chunks.rows)
+        logits, memory = _logits(a, chunks.rows), None
         with device.guard(a.first):
             for start, n in chunks.bounds(a.N):
                 rows = slice(start, start + n)
-                for z, x, w, b in zip(memory.logits, xs, weights, a.biases):
+                for z, x, w, b in zip(logits, xs, weights, a.biases):
                     device.logits(z[:n], x[rows], w, b)
+                # Until the first product is launched a GPU waits: what the program needs comes after it.
+                memory = memory or _Memory(a, chunks.rows, logits)
                 for first, count, values in device.program(memory.chunk(a, rows), n):
                     outputs.take(slice(start + first, start + first + count), values)
                 outputs.add(device, memory, rows, matrices, several=chunks.count > 1)
     return outputs
 
 
+def _new(a: Arguments, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] with the row stride that the device's products like."""
+    apart = max(round_up(columns, policy_of(a.first.device.type).chunks.align), 1)
+    return a.first.new_empty((rows, apart), dtype=dtype)[:, :columns]
+
+
+def _logits(a: Arguments, rows: int) -> list[Tensor]:
+    """Memory for a chunk's logits of each head."""
+    return [_new(a, rows, w.shape[1], x.dtype) for x, w in zip(a.xs, a.weights)]
+
+
 class _Memory:
     """What all chunks share: the logits of each head, and the factors of dX and dW that none of those are for.
 
     Attributes:
-        logits: [rows, V] each, with the row stride that the device's products like.
+        logits: [rows, V] each.
         factors: by value, of rows as well; most are one of the logits.
         key: of the program over them.
     """
 
-    def __init__(self, a: Arguments, rows: int) -> None:
-        align = policy_of(a.first.device.type).chunks.align
-
-        def new(columns: int, dtype: torch.dtype) -> Tensor:
-            apart = max(round_up(columns, align), 1)
-            return a.first.new_empty((rows, apart), dtype=dtype)[:, :columns]
-
-        self.logits = [new(w.shape[1], x.dtype) for x, w in zip(a.xs, a.weights)]
+    def __init__(self, a: Arguments, rows: int, logits: list[Tensor]) -> None:
+        self.logits = logits
         metas = _metas(a, _inputs(a, self.logits, slice(0, rows)))
         what = (a.text, metas, a.sizes, a.first.device)
         fakes = propagate(a.text, 2, *what[1:])
         found, order = places(*what), [i for i, kind in enumerate(a.program.inputs) if kind == "logits"]
-        self._homes = {i: new(fakes[i].shape[1], fakes[i].dtype) for i, at in found.items() if at is None}
+        self._homes = {i: _new(a, rows, fakes[i].shape[1], fakes[i].dtype) for i, at in found.items() if at is None}
         self.factors = self._homes | {i: self.logits[order.index(at)] for i, at in found.items() if at is not None}
         homes = tuple(meta(h, "rows") for h in self._homes.values())
         self.key = Key(a.text, metas, homes, a.sizes, a.first.device)

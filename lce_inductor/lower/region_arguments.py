@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spec.program import Program, Ref, Sym
-from .plan import ChunkPlan, chunks, policy_of
+from ..spec.program import Program, Ref, Sym, parse
+from .chunk_plan import ChunkPlan
+from .plan import chunks, policy_of
 
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 
@@ -112,20 +114,25 @@ def check_devices(*tensors: Sequence[Tensor | None]) -> None:
                 raise RuntimeError(f"{name}[{i}] must be on {device}, got {t.device}")
 
 
-def _check_references(a: Arguments) -> None:
-    def see(value: object) -> None:
-        if isinstance(value, Sym):
-            if value.index >= len(a.sizes):
-                raise RuntimeError(f"sizes: the program reads the size {value.index}, got {len(a.sizes)}")
-        elif isinstance(value, (list, tuple)) and not isinstance(value, Ref):
-            for v in value:
-                see(v)
+@functools.lru_cache(maxsize=256)
+def _last_size(text: str) -> int:
+    """The last of the sizes that a program reads; -1 if none."""
 
-    for step in a.program.steps:
-        see(step.args)
-        see(tuple(step.kwargs.values()))
+    def last(value: object) -> int:
+        if isinstance(value, Sym):
+            return value.index
+        inside = value if isinstance(value, (list, tuple)) and not isinstance(value, Ref) else ()
+        return max(map(last, inside), default=-1)
+
+    program = parse(text)
+    steps = [(step.args, tuple(step.kwargs.values())) for step in program.steps]
+    return last([*steps, *(result.sizes for result in program.results)])
+
+
+def _check_references(a: Arguments) -> None:
+    if (index := _last_size(a.text)) >= len(a.sizes):
+        raise RuntimeError(f"sizes: the program reads the size {index}, got {len(a.sizes)}")
     for result in a.program.results:
-        see(result.sizes)
         of = {"dx": ("matrices", a.matrices), "dw": ("rows", a.rows)}.get(result.kind)
         if of is not None and not 0 <= result.other < len(of[1]):
             raise RuntimeError(f"{of[0]}: the program reads number {result.other}, got {len(of[1])}")

@@ -17,16 +17,14 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph.values import device_type, has_hint, numel_hint, same, size_hint, source
 from ..graph.write import sort
+from ..lower.chunk_plan import ChunkPlan, peak_bytes, saves_little
 from ..lower.plan import (
-    ChunkPlan,
     Plan,
     Request,
     capabilities,
     chunks,
-    peak_bytes,
     planned,
     policy_of,
-    saves_little,
     training,
     why_not_on,
 )

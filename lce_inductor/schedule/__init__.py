@@ -12,13 +12,12 @@ import torch
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph.values import device_type
 from ..graph.write import sort
 from ..lower.plan import capabilities, policy_of, training
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
 from .needed import ALL, needed_rows
-from .request import request_of
+from .request import leaves_rows_out, request_of
 from .tangents import Illegal, heads_of, row_gradients
 
 log = logging.getLogger("lce_inductor")
@@ -79,13 +78,13 @@ def _recomputed(forward: Node, backward: Node, config: Config) -> str:
 def restrict(graph: Graph) -> bool:
     """Tell every head which of its rows anything depends on; was there one to tell?
 
-    Not on a GPU, whose ops would have to wait for the number of these rows.
+    Not where the op would compute them all the same: on a GPU, but for the kernels that take their number from there.
     """
     targets = (ops.row_stats.default, ops.row_stats_with_grad.default)
     heads = [n for target in targets for n in graph.find_nodes(op="call_function", target=target)]
     told = False
     for head in heads:
-        if device_type(head.args[0]) != "cpu":  # type: ignore[arg-type]
+        if not leaves_rows_out(head):
             continue
         name, needed = rewrite.describe(head), needed_rows(graph, head)
         if needed.rows == ALL or not needed.rows:
