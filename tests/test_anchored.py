@@ -84,12 +84,13 @@ if INTERPRETED or ON_GPU:
     def test_special(name, engine):
         getattr(cases, f"check_{name}")(engine.run, DEVICE)
 
+    COUNTED = counting_cases.FEW if INTERPRETED else counting_cases.SMALL
     PACKING = [e for e in ENGINES if e != "triton"]
 
     @pytest.mark.parametrize("engine", PACKING, indirect=True)
-    @pytest.mark.parametrize("count", counting_cases.COUNTS[: 3 if INTERPRETED and not EVERYTHING else None])
+    @pytest.mark.parametrize("count", counting_cases.FEW_COUNTS if INTERPRETED else counting_cases.COUNTS)
     def test_rows_that_count(count, engine):
-        counting_cases.check(engine.run, counting_cases.SMALL, count, DEVICE, FACTOR)
+        counting_cases.check(engine.run, COUNTED, count, DEVICE, FACTOR)
         if engine.launched is not None:
             assert {"count", "pack", "gather", "dx", "dw", "collect"} <= {*engine.launched}
 
@@ -103,13 +104,13 @@ if INTERPRETED or ON_GPU:
         ids=str,
     )  # fmt: skip
     def test_rows_that_count_of_other_heads(changes, engine):
-        case = dataclasses.replace(counting_cases.SMALL, **changes)
-        counting_cases.check(engine.run, case, 150, DEVICE, FACTOR)
+        case = dataclasses.replace(COUNTED, **changes)
+        counting_cases.check(engine.run, case, 70, DEVICE, FACTOR)
 
     @pytest.mark.parametrize("engine", PACKING, indirect=True)
     @pytest.mark.parametrize("name", ["what_else_counts", "stale_memory"])
     def test_packed_rows(name, engine):
-        getattr(counting_cases, f"check_{name}")(engine.run, DEVICE)
+        getattr(counting_cases, f"check_{name}")(engine.run, COUNTED, DEVICE)
 
 
 if ON_GPU and not INTERPRETED:
