@@ -237,4 +237,31 @@ def squares(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") -> 
     return Case(call, loss, torch.ones(N, device=device, dtype=dtype), expect)
 
 
-CASES = {f.__name__: f for f in (cross_entropy, divergence, soft_targets, squares)}
+def log_probability(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """log p of a target, whose gradient autograd adds to zeros at one place of each row."""
+    b, c = Builder("logits", "rows", "rows", "rows"), compute(dtype)
+    z, y, g, _ = b.inputs()
+    logp = _log_softmax(b, _wide(b, z, dtype))
+    picked = b.add("aten.gather.default", logp, 1, y)
+    zeros = b.add("aten.full.default", (Rows(), V), 0, dtype=c)
+    there = b.add("aten.scatter_add.default", zeros, 1, y, g)
+    total = b.add("aten.sum.dim_IntList", there, (1,), True)
+    all_of_it = b.add("aten.mul.Tensor", b.add("aten.exp.default", logp), total)
+    dz = _narrow(b, b.add("aten.sub.Tensor", there, all_of_it), dtype)
+    b.result("row", picked, c, (1,))
+    b.result("dx", dz, dtype, (H,), 0)
+    b.result("dw", dz, dtype, (V, H), 2)
+    x, w = random(dtype, device, N, H), random(dtype, device, V, H, scale=H**-0.5)
+    y_ = torch.randint(0, V, (N, 1), generator=torch.Generator().manual_seed(1)).to(device)
+    g_ = random(c, device, N, 1)
+
+    def loss(zs: list[Tensor], rows: list[Tensor], whole: list[Tensor]) -> Tensor:
+        return zs[0].to(compute(zs[0].dtype)).log_softmax(1).gather(1, y_)
+
+    def expect(values: Tensor, dx: Any, dw: Any, db: Any) -> list[Tensor]:
+        return [values, dx[0], dw[0].t()]
+
+    return Case((N, [x], [w.t()], [], [False], [y_, g_, x], [], [w], [], b.program().text()), loss, g_, expect)
+
+
+CASES = {f.__name__: f for f in (cross_entropy, divergence, soft_targets, squares, log_probability)}

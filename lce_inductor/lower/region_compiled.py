@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec.program import Program, parse, resolve
-from .region_values import Meta, fill, places, takes_device, used, wide
+from ..spec.program import Program, Ref, Step, parse, resolve
+from .region_values import Meta, fill, places, propagate, takes_device, used, wide
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -229,6 +229,26 @@ def _inductor_patches() -> Any:
     return config.patch(patches | {name: False for name in _OFF if name in known})
 
 
+def _of_one_place(step: Step, fakes: Sequence[Any]) -> int | None:
+    """The number of classes if a step adds one number to one class of each row, as the gradient of a gather does."""
+    if resolve(step.op) is not aten.scatter_add.default or step.kwargs:
+        return None
+    base, dim, index, source = (fakes[a.index] if isinstance(a, Ref) else a for a in step.args)
+    found = base.dim() == 2 and dim in (1, -1) and index.shape == source.shape == (len(base), 1)
+    return base.shape[1] if found else None
+
+
+def _selected(graph: torch.fx.Graph, args: Sequence[Any], classes: int, device: torch.device) -> torch.fx.Node:
+    """The same as a selection, which takes no memory; a scatter takes as much as fp32 logits in Inductor's code."""
+    base, _, index, source = args
+    iota = graph.call_function(
+        torch.ops.prims.iota.default, (classes,),
+        {"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False},
+    )  # fmt: skip
+    there = graph.call_function(aten.eq.Tensor, (index, iota))
+    return graph.call_function(aten.where.self, (there, graph.call_function(aten.add.Tensor, (base, source)), base))
+
+
 def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[tuple[Meta, bool]]]:
     """The graph, and for each tensor that it takes what it is and whether it is the same for all rows.
 
@@ -251,12 +271,17 @@ def build(key: Key, n: int, any_rows: bool) -> tuple[torch.fx.GraphModule, list[
     sizes: list[Any] = list(key.sizes)
     for i in key.open_sizes():
         sizes[i] = graph.placeholder(f"size_{i}")
+    fakes = propagate(key.text, 2, key.inputs, key.sizes, key.device)
     for step in program.steps:
-        op = resolve(step.op)
+        op, args = resolve(step.op), tuple(fill(step.args, values, rows, sizes))
         kwargs = {k: fill(v, values, rows, sizes) for k, v in step.kwargs.items()}
         if takes_device(op):
             kwargs["device"] = key.device
-        values.append(graph.call_function(op, tuple(fill(step.args, values, rows, sizes)), kwargs))
+        classes = _of_one_place(step, fakes)
+        written = (
+            graph.call_function(op, args, kwargs) if classes is None else _selected(graph, args, classes, key.device)
+        )
+        values.append(written)
     out = []
     for result in program.results:
         value = values[result.value.index]
