@@ -15,8 +15,8 @@ class Config:
     """Settings of the passes; part of the key of every compile cache.
 
     Attributes:
-        min_logits_bytes: heads whose logits take fewer bytes are left alone (0 rewrites all). By hint
-            under dynamic shapes.
+        min_logits_bytes: heads whose logits take fewer bytes, those of all trained heads of one weight
+            together, are left alone (0 rewrites all). By hint under dynamic shapes.
         chunk_tokens: rows of logits that exist at a time; None lets the chunk plan decide.
         workspace_bytes: upper limit in bytes for one chunk of logits.
         gradients: "auto" and "forward" compute dX and dW inside the forward wherever that is legal (three

@@ -17,11 +17,10 @@ from .config import Config
 from .graph.backup import Backup
 from .graph.simplify import simplify, writes_to_slices
 from .graph.values import collectives
-from .graph.write import sort
 from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
 from .returned_logits import defer_returned
-from .schedule import move, restrict
+from .schedule import Scheduled, schedule
 
 log = logging.getLogger("lce_inductor")
 
@@ -121,21 +120,19 @@ class HeadsPass(_Pass):
     def _rewrite(self, graph: Graph, decision: regions.Decision, backup: Backup) -> None:
         order = collectives(graph)
         regions.apply(graph, decision, self.config)
-        where = move(graph, self.config)
-        if where:
-            sort(graph)
-        restrict(graph)
-        regions.scheduled(decision, where)
+        found = schedule(graph, self.config)
+        regions.scheduled(decision, found)
         graph.lint()
         if collectives(graph) != order:
             backup.restore()
             decision.leave("collective-order")
             return
-        _count_gradients(decision, where)
+        _count_gradients(decision, found)
 
 
-def _count_gradients(decision: regions.Decision, where: dict[Node, str]) -> None:
+def _count_gradients(decision: regions.Decision, found: dict[Node, Scheduled]) -> None:
     """Of each fused op, and of each head that its own program computes."""
+    fused = (now.gradients for op, now in found.items() if op.target is torch.ops.lce_inductor.row_stats.default)
     programs = (head.gradients for head in decision.heads.values() if head.tier == "region")
-    for place in (*where.values(), *filter(None, programs)):
+    for place in (*fused, *filter(None, programs)):
         records.count(f"gradients:{place}")

@@ -73,12 +73,13 @@ _ROWS = (
     ),
     Reason(
         "too-small",
-        "the logits are smaller than min_logits_bytes",
+        "the logits, of all trained heads of the weight together, are smaller than min_logits_bytes",
         "install(min_logits_bytes=0) rewrites heads of every size",
     ),
     Reason(
         "little-saved",
-        "chunks of the only head would save less than 192 MiB of torch.compile's memory, and cost it time",
+        "chunks of the only head, or of all heads of the only weight, would save less than 192 MiB of torch.compile's "
+        "memory, and cost it time; or those of several weights would need more than it",
         "install(min_logits_bytes=0) or chunk_tokens=... rewrites it all the same",
     ),
     Reason(

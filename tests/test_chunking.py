@@ -89,8 +89,16 @@ def test_peak_of_the_anchored_softmax(N, H, V, gib):
 )
 def test_saving(N, H, V, itemsize, dw, little):
     p = cuda(N, H, V, itemsize)
-    assert saves_little(p, N, H, V, itemsize, dw, POLICIES["cuda"].chunks) == little
-    assert not saves_little(p, N, H, V, itemsize, dw, POLICIES["cpu"].chunks)
+    assert saves_little([(p, N, H, V, itemsize)], dw, POLICIES["cuda"].chunks) == little
+    assert not saves_little([(p, N, H, V, itemsize)], dw, POLICIES["cpu"].chunks)
+
+
+@pytest.mark.parametrize("rows, little", [((7680, 7680), False), ((100, 7680), True), ((512, 512, 512), False)])
+def test_saving_of_several_weights(rows, little):
+    """What torch.compile alone holds are all logits at once; by plan, gradients, and the sums of one head in fp32."""
+    H, V = 4096, 128256
+    heads = [(cuda(N, H, V), N, H, V, 2) for N in rows]
+    assert saves_little(heads, True, POLICIES["cuda"].chunks) == little
 
 
 @given(

@@ -315,6 +315,26 @@ def collectives(graph: Traced) -> list[Any]:
     return [(n.args[1], tuple(n.meta["val"].shape)) for n in nodes]
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_heads_of_one_weight(between):
+    """One call of all rows; not where it would have to wait for what is exchanged behind the first head."""
+
+    def fn(x: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        first = F.cross_entropy(F.linear(x[:5], w, b), y[:5], reduction="sum")
+        count = reduced((y % 2).sum(), "sum")
+        labels = reduced(y, "max") if between else y
+        return (first + F.cross_entropy(F.linear(x[5:], w, b), labels[5:], reduction="sum")) / count
+
+    *parameters, y = inputs()
+    graph = joint_graph(fn, *(t.requires_grad_() for t in parameters), y)
+    (expected,), order = together([graph]), collectives(graph)
+    assert rewrite(graph) == ["rewritten"] * 2 and collectives(graph) == order
+    calls = graph.graph.find_nodes(op="call_function", target=torch.ops.lce_inductor.row_stats_with_grad.default)
+    assert len(calls) == 1 + between
+    (found,) = together([graph])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_labels_that_come_behind_a_collective():
     """The statistics are computed at once, and the labels are among what they are computed of: all would wait."""
 

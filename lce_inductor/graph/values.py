@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any, NamedTuple
 
@@ -48,11 +49,9 @@ def device_type(node: Node) -> str:
 
 def same(a: Any, b: Any) -> bool:
     """Are two sizes the same? Never compares SymInts as values: that would add a guard to the user's graph."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return False
+    # A SymInt may stand for a number; a ragged one has no expression.
+    a, b = (getattr(s.node, "expr", s.node) if isinstance(s, torch.SymInt) else s for s in (a, b))
+    return bool(a == b)
 
 
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -98,7 +97,8 @@ aten = torch.ops.aten
 _VIEWS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default,
     aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.slice.Tensor, aten.select.int,
+    aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+    operator.getitem,
 )  # fmt: skip
 
 
@@ -140,6 +140,35 @@ def dependents(graph: Graph, roots: set[Node], sizes: bool = False) -> set[Node]
         if counts and any(a in found for a in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    """Do two arguments of nodes stand for the same value, because they are the same node or made in the same way?"""
+    todo, seen = [(a, b)], set()
+    while todo:
+        a, b = todo.pop()
+        if a is b or (isinstance(a, Node) and isinstance(b, Node) and (a, b) in seen):
+            continue
+        if isinstance(a, Node) and isinstance(b, Node):
+            seen.add((a, b))
+            sizes = [v for v in (a.meta.get("val"), b.meta.get("val")) if isinstance(v, (int, torch.SymInt))]
+            if len(sizes) == 2 and same(*sizes):
+                continue
+            if a.op != "call_function" or a.target is not b.target or not _repeats(a.target):
+                return False
+            todo += [(a.args, b.args), (tuple(sorted(a.kwargs.items())), tuple(sorted(b.kwargs.items())))]
+        elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+            todo += zip(a, b)
+        elif type(a) is not type(b) or a != b:
+            return False
+    return True
+
+
+def _repeats(target: Any) -> bool:
+    """Does a call of it with the same arguments give the same value, whenever it runs?"""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def alive(graph: Graph) -> set[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from ..spec.sizes import ceil_div, round_up
 from .device_policy import Chunks
@@ -58,11 +59,18 @@ def _with_sums(piece: int, placed: int, summed: int, count: int, itemsize: int) 
     return placed + summed // itemsize * 4 + max(piece, summed)
 
 
-def saves_little(p: ChunkPlan, N: int, H: int, V: int, itemsize: int, dw: bool, policy: Chunks) -> bool:
-    """Would torch.compile alone, which holds all logits once, hold hardly more than the plan?"""
-    whole = ChunkPlan(N, 1, p.row_stride)
-    alone, chunked = (peak_bytes(q, N, H, V, itemsize, dx=True, dw=dw) for q in (whole, p))
-    return alone - chunked < policy.least_saving
+def saves_little(heads: Sequence[tuple[ChunkPlan, int, int, int, int]], dw: bool, policy: Chunks) -> bool:
+    """Would torch.compile alone hold hardly more than a head's plan? Of several heads, would it hold less?
+
+    heads: plan, N, H, V and bytes of a logit of each, in order. Alone, all logits are held until the backward, which
+    puts gradients in their place from the last head on. By plan, the others' gradients are there while one is computed.
+    """
+    logits = [N * p.row_stride * itemsize for p, N, _, _, itemsize in heads]
+    grads = [(N + V * dw) * H * itemsize for _, N, H, V, itemsize in heads]
+    peaks = [peak_bytes(p, N, H, V, itemsize, dx=True, dw=dw) for p, N, H, V, itemsize in heads]
+    alone = max(sum(logits) + grads[-1], logits[0] + sum(grads))
+    ours = sum(grads) + max(peak - own for peak, own in zip(peaks, grads))
+    return alone - ours < (policy.least_saving if len(heads) == 1 else 0)
 
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool, packs: bool = False) -> int:

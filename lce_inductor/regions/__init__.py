@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph.values import device_type, has_hint, numel_hint, same, size_hint, source
+from ..graph.values import device_type, equal_values, has_hint, numel_hint, same, size_hint, source
 from ..graph.write import sort
 from ..lower.chunk_plan import ChunkPlan, peak_bytes, saves_little
 from ..lower.plan import (
@@ -30,6 +31,7 @@ from ..lower.plan import (
 )
 from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..reasons import NOWHERE, Refusal, refuse
+from ..schedule import Scheduled
 from ..schedule.request import request_of
 from ..spec.program import parse
 from ..spec.statistics import LSE, TARGET
@@ -46,6 +48,7 @@ from .write import write
 from .write_fused import write_fused
 
 aten = torch.ops.aten
+ops = torch.ops.lce_inductor
 log = logging.getLogger("lce_inductor")
 
 
@@ -195,8 +198,6 @@ def apply(graph: Graph, decision: Decision, config: Config) -> None:
             decision.heads[node].tier, decision.heads[node].ops = tier, made
             decision.heads[node].request = _request(made) if tier == "kernels" else None
             decision.heads[node].steps = steps_of(made)
-            decision.heads[node].products = products_of(made)
-            decision.heads[node].together = len(region.heads)
             if region.backward or region.merged:
                 decision.heads[node].gradients = "forward" if region.merged else "recompute"
     sort(graph)
@@ -258,9 +259,11 @@ def _stray(loss: Loss, labels: Labels) -> Stray:
 def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[Region]:
     """Regions that are large enough to pay; the heads of others get their reason."""
     chosen = []
+    groups = _by_weight([heads[n] for region in found.regions for n in region.heads])
+    together = {h.node: sum(other.logits_bytes for other in group) for group in groups for h in group}
     for region in found.regions:
         mine = [heads[n] for n in region.heads]
-        size = max(h.logits_bytes for h in mine)
+        size = max(together[n] for n in region.heads)
         unknown = next(filter(None, map(_why_not_there, mine)), "")
         if V.aot_compilation:
             reason = refuse("ahead-of-time", mine[0].node)
@@ -273,17 +276,31 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
             continue
         for head in mine:
             head.refusal = reason
-    # Of several heads, torch.compile alone may hold the logits of all at once.
-    if len(chosen) == 1 and len(chosen[0].heads) == 1:
-        head = heads[chosen[0].heads[0]]
-        if head.trains and not _deferred(head.node) and _saves_little(found.labels, chosen[0], head, config):
+    mine = [heads[n] for region in chosen for n in region.heads]
+    simple = all(len(r.heads) == 1 for r in chosen) and all(h.trains and not _deferred(h.node) for h in mine)
+    if mine and simple and _save_little(found.labels, chosen, mine, config):
+        for head in mine:
             head.refusal = refuse("little-saved", head.node)
-            return []
+        return []
     return chosen
 
 
 def _why_not_there(head: Head) -> str:
     return why_not_on(torch.device(head.device), head.node.meta["val"].dtype, head.trains)
+
+
+def _by_weight(heads: list[Head]) -> list[list[Head]]:
+    """Heads of one weight whose logits torch.compile alone holds all at once, until the backward; others by one."""
+    groups: list[list[Head]] = []
+    for head in heads:
+        weight = factors(head.node)[1]
+        mine = (g for g in groups if g[0].trains and head.trains and equal_values(factors(g[0].node)[1], weight))
+        group = next(mine, None)
+        if group is None:
+            groups.append([head])
+        else:
+            group.append(head)
+    return groups
 
 
 def _deferred(node: Node) -> bool:
@@ -298,18 +315,23 @@ def _origin(node: Node) -> Node:
     return node
 
 
-def _saves_little(labels: Labels, region: Region, head: Head, config: Config) -> bool:
-    """Is the head to be left alone for that? Says of it, too, what prefer='memory' would save."""
+def _save_little(labels: Labels, regions: list[Region], heads: list[Head], config: Config) -> bool:
+    """Are the heads to be left alone for that? Those of one weight count as one of all their rows, since they add into
+    one dW. Says of a single one, too, what prefer='memory' would save."""
     dw = any(s.kind == "dw" for s in labels.sinks)
-    policy, cut = policy_of(head.device), head.chunks(config)
-    little = saves_little(cut, *head.sizes, dw, policy.chunks)
-    if not little and cut.count > 1:
-        return False
-    other = _for_memory(labels, region, head, config, dw)
-    if config.prefer == "memory":
-        little = little and other is None
-    else:
-        head.for_memory = other
+    policy = policy_of(heads[0].device)
+    rows = ((group[0], sum(h.sizes[0] for h in group)) for group in _by_weight(heads))
+    whole = [dataclasses.replace(head, sizes=(N, *head.sizes[1:])) for head, N in rows]
+    cuts = [head.chunks(config) for head in whole]
+    little = saves_little([(cut, *head.sizes) for cut, head in zip(cuts, whole)], dw, policy.chunks)
+    if len(heads) > 1:
+        little = little and config.prefer != "memory"
+    elif little or cuts[0].count == 1:
+        other = _for_memory(labels, regions[0], heads[0], config, dw)
+        if config.prefer == "memory":
+            little = little and other is None
+        else:
+            heads[0].for_memory = other
     return little and config.min_logits_bytes > 0 and config.chunk_tokens is None
 
 
@@ -333,23 +355,38 @@ def _for_memory(labels: Labels, region: Region, head: Head, config: Config, dw: 
     return Alternative(step.peak_bytes, alone, 2 + dw + step.recompute, 2 + dw)
 
 
-def scheduled(decision: Decision, where: dict[Node, str]) -> None:
-    """What became of the gradients of heads that the kernels compute: see schedule()."""
-    for head in decision.heads.values():
-        if head.tier == "kernels":
-            places = {where[op] for op in head.ops if op in where}
+def scheduled(decision: Decision, found: dict[Node, Scheduled]) -> None:
+    """What became of the heads' gradients: see schedule()."""
+    rewritten = {node: head for node, head in decision.heads.items() if head.tier}
+    for head in rewritten.values():
+        places = {found[op].gradients for op in head.ops if op in found}
+        if places or head.tier == "kernels":
             head.gradients = "recompute" if "recompute" in places else "".join(places)
-            head.products += sum(where.get(op) == "recompute" for op in head.ops)
-            assert head.request is not None
-            again = head.request
-            if head.gradients == "recompute":
-                again = again._replace(stats=0, recompute=True)
-            head.plan = planned(again, torch.device(head.device))
+        head.ops = list(dict.fromkeys(now for op in head.ops for now in (found[op].ops if op in found else (op,))))
+        if head.request is not None:
+            given = dict(zip((a.name for a in head.ops[0].target._schema.arguments), head.ops[0].args))  # type: ignore[union-attr]
+            rows = size_hint(given["x"].meta["val"].shape[0])  # type: ignore[union-attr]
+            asked = head.request._replace(N=rows, chunk_tokens=given["chunk_tokens"])
+            if head.gradients == "recompute" and any(op.target is ops.row_stats_backward.default for op in head.ops):
+                asked = asked._replace(stats=0, recompute=True)
+            head.plan = planned(asked, torch.device(head.device))
+    for node, head in rewritten.items():
+        together = _together(node, rewritten)
+        head.products = products_of(dict.fromkeys(op for other in together for op in rewritten[other].ops))
+        head.together = len(together)
+
+
+def _together(node: Node, heads: dict[Node, Head]) -> list[Node]:
+    """The heads that are computed by the same calls."""
+    found, ops = [node], set(heads[node].ops)
+    while more := [n for n in heads if n not in found and not ops.isdisjoint(heads[n].ops)]:
+        found += more
+        ops.update(op for n in more for op in heads[n].ops)
+    return found
 
 
 def _request(made: list[Node]) -> Request:
     """What the kernels are asked for; of several calls, the first."""
-    ops = torch.ops.lce_inductor
     return request_of(
         *(
             next((n for n in made if n.target is op), None)
@@ -363,20 +400,21 @@ def steps_of(made: list[Node]) -> int:
     return sum(len(parse(text).steps) for text in _programs(made))
 
 
-def products_of(made: list[Node]) -> int:
-    """How many products these ops compute, gradients in the forward."""
-    programs = list(map(parse, _programs(made)))
-    count = sum(p.inputs.count("logits") + sum(r.kind in ("dx", "dw") for r in p.results) for p in programs)
+def products_of(made: Iterable[Node]) -> int:
+    """How many products of a head's size these ops compute."""
+    count = 0
     for node in made:
-        count += node.target is torch.ops.lce_inductor.row_stats.default
-        if node.target is torch.ops.lce_inductor.row_stats_backward.default:
-            count += sum(map(bool, node.args[-1][:2]))  # type: ignore[index,arg-type]
+        if node.target is ops.row_region.default:
+            for p in map(parse, _programs([node])):
+                count += p.inputs.count("logits") + sum(r.kind in ("dx", "dw") for r in p.results)
+        elif node.target in (ops.row_stats.default, ops.row_stats_with_grad.default, ops.row_stats_backward.default):
+            masks = [a for a in node.args if isinstance(a, (list, tuple))]
+            count += 1 + sum(sum(map(bool, mask[:2])) for mask in masks)
     return count
 
 
 def _programs(made: list[Node]) -> list[str]:
-    region = torch.ops.lce_inductor.row_region.default
-    return [a for n in made if n.target is region for a in n.args if isinstance(a, str)]
+    return [a for n in made if n.target is ops.row_region.default for a in n.args if isinstance(a, str)]
 
 
 __all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "scheduled"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.values import is_given, lifted, size_hint
-from ..spec.program import Program, Ref, Result, Step, mapped, name_of, refs_in
+from ..spec.program import Program, Ref, Result, Step, mapped, name_of, only
 from .aten_ops import VIEWS, Crossing, at, bound, filled_with, operand_tags, stacked
 from .labels import Labels
 from .program_steps import Steps
@@ -110,26 +111,18 @@ class Emitter(Steps):
     def program(self) -> Program:
         """The finished program: inputs first, then the steps that results need."""
         count = len(self.kinds)
-        needed: set[int] = set()
-        todo = [r.value for r in self.results]
-        while todo:
-            ref = todo.pop()
-            if ref.index < 0 and ref.index not in needed:
-                needed.add(ref.index)
-                _, args, kwargs = self.steps[-ref.index - 1]
-                todo += refs_in((args, tuple(kwargs.values())))
-        kept = sorted(-i - 1 for i in needed)
-        place = {-k - 1: count + i for i, k in enumerate(kept)}
 
         def final(ref: Ref) -> Ref:
-            return Ref(place.get(ref.index, ref.index))
+            return Ref(count - ref.index - 1) if ref.index < 0 else ref
 
-        steps = []
-        for k in kept:
-            op, args, kwargs = self.steps[k]
-            name = "getitem" if op is operator.getitem else name_of(op)
-            steps.append(Step(name, mapped(args, final), {a: mapped(v, final) for a, v in kwargs.items()}))
-        return Program(tuple(self.kinds), tuple(steps), tuple(r._replace(value=final(r.value)) for r in self.results))
+        steps = tuple(
+            Step(op, mapped(args, final), {k: mapped(v, final) for k, v in kwargs.items()})
+            for op, args, kwargs in self.steps
+        )
+        results = tuple(r._replace(value=final(r.value)) for r in self.results)
+        found = only(Program(tuple(self.kinds), steps, results), range(len(results)))
+        named = (s._replace(op="getitem" if s.op is operator.getitem else name_of(s.op)) for s in found.steps)
+        return dataclasses.replace(found, steps=tuple(named))
 
     # -- values
 
@@ -208,6 +201,8 @@ class Emitter(Steps):
         if node in self.labels.of:
             return self.labels.wide(node) or node in self.labels.behind
         if node.op != "call_function" or far == 0 or ROW not in tags:
+            return False
+        if node.target is operator.getitem and is_given(node):  # a chunk of an input
             return False
         try:
             wanted = self._operands(node, tags)

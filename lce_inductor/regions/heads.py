@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 
+from ..graph.values import equal_values
 from .aten_ops import bound
 from .labels import PRODUCTS
 from .tags import is_one, shape_of
@@ -96,10 +97,11 @@ def candidates(graph: Graph, on_tangent: set[Node]) -> list[Node]:
 
 
 def _is_weight(node: Node, others: list[Node]) -> bool:
-    """Has this the shape of another head's weight? The product of an adapter's factors is no head."""
-    shape = shape_of(node)
-    weights = [shape_of(factors(n)[1]) or () for n in others if n is not node]
-    return any(len(w) == 2 and shape in (w, w[::-1]) for w in weights)
+    """Has this the shape of a head's weight, and another weight itself? The product of an adapter's factors is no head,
+    but H rows of logits are."""
+    shape, own = shape_of(node), factors(node)[1]
+    weights = [w for n in others if n is not node and not equal_values(w := factors(n)[1], own)]
+    return any(len(w) == 2 and shape in (w, w[::-1]) for w in (shape_of(w) or () for w in weights))
 
 
 def is_product(node: Node) -> bool:

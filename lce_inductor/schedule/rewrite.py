@@ -1,4 +1,4 @@
-"""Plan -> joint graph: the only module of this stage that changes a graph."""
+"""Plan -> joint graph, one head at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe(forward: Node) -> str:
     return f"head {forward.name} {list(x.shape)} x {list(weight.shape)}"
 
 
-def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> None:
+def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> Node:
     """Replace row_stats and row_stats_backward by one row_stats_with_grad, scaled by the tangent in the backward."""
     epilogue, stats, chunk_tokens, workspace_bytes = forward.args[HEAD_ARGS:]
     mask = backward.args[-1]
@@ -48,11 +48,11 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
         args.append(True)
     merged = writer.call(ops.row_stats_with_grad.default, *forward.args[:HEAD_ARGS], *args, **forward.kwargs)
     # Inside a checkpointed region everything else may be recomputed; this op's gradients are what is kept.
-    _must_save(merged, forward)
+    must_save(merged, forward)
     forward.replace_all_uses_with(merged)
     graph.erase_node(forward)
     for result in merged.users:
-        _must_save(result, merged)
+        must_save(result, merged)
 
     tangent = _named(graph, backward, found.tangent, merged.args)
     # dW before dX: each exists twice while it is scaled, and the larger one shall be alone.
@@ -61,12 +61,13 @@ def merge(graph: Graph, forward: Node, backward: Node, found: RowGradients) -> N
         with graph.inserting_before(backward):
             gradient = graph.call_function(operator.getitem, (merged, len(STATISTICS) + index))
             gradient.meta["val"] = merged.meta["val"][len(STATISTICS) + index]
-            _must_save(gradient, merged)
+            must_save(gradient, merged)
             wide, out = _scaled(graph, gradient, tangent, scale, user)
         user.replace_all_uses_with(out)
         graph.erase_node(user)
         _skip_rounding(out, wide)
     graph.erase_node(backward)
+    return merged
 
 
 def recompute(graph: Graph, forward: Node, backward: Node) -> None:
@@ -139,7 +140,7 @@ def _named(graph: Graph, point: Node, value: Node, sources: Iterable[Any]) -> No
         return _Writer(graph, None).call(ops.once.default, value, inputs)
 
 
-def _must_save(node: Node, source: Node) -> None:
+def must_save(node: Node, source: Node) -> None:
     if "recompute" in source.meta:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         if "ac_graph_id" in source.meta:

@@ -54,7 +54,7 @@ class RowGradients:
 
 
 # Elementwise or shape-only in their first argument, and zero for zero: g stays linear through them.
-_LINEAR = {
+LINEAR = {
     aten.neg.default, aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.alias.default,
     aten.clone.default, aten.permute.default, aten.select.int, aten.slice.Tensor, aten.t.default,
@@ -64,7 +64,7 @@ _LINEAR = {
 }  # fmt: skip
 _REDUCING = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
 _ADD = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
-_SCATTER = {aten.select_scatter.default, aten.slice_scatter.default}
+SCATTER = {aten.select_scatter.default, aten.slice_scatter.default}
 
 
 def origin(value: Any) -> Any:
@@ -197,7 +197,7 @@ class _Evaluate:
             return Affine(self._clean(node), None)
         if node is self.lse:
             return Affine(None, self._ones_like(node))
-        if node.target in _LINEAR and all(self._free(a) for a in node.args[1:]):
+        if node.target in LINEAR and all(self._free(a) for a in node.args[1:]):
             return self._map(node, 0)
         if node.target in _REDUCING and all(self._free(a) for a in node.args[1:]):
             if self(node.args[0]).slope is not None:
@@ -213,7 +213,7 @@ class _Evaluate:
             return self._each(node, (1, 2))
         if node.target in _ADD and not node.kwargs:
             return self._each(node, (0, 1))
-        if node.target in _SCATTER:
+        if node.target in SCATTER:
             return self._each(node, (0, 1))
         if node.target is aten.stack.default:
             return self._stacked(node)
@@ -251,7 +251,7 @@ class _Evaluate:
                 parts.append(None)
                 continue
             shape = node.meta["val"].shape
-            whole = node.target not in _SCATTER and any(
+            whole = node.target not in SCATTER and any(
                 p is not None and len(p.meta["val"].shape) == len(shape) for p in part
             )
             filled = {i: p if p is not None else self._zeros_like(node.args[i], whole) for i, p in zip(indices, part)}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -225,3 +225,28 @@ def parse(text: str) -> Program:
     except (TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"malformed program: {error}") from None
     return Program(tuple(inputs), tuple(made), tuple(out))
+
+
+def only(program: Program, results: Sequence[int]) -> Program:
+    """The program of some of its results, in this order, with the steps that these need. It reads the same inputs."""
+    first = len(program.inputs)
+    needed: set[int] = set()
+    todo = [program.results[i].value for i in results]
+    while todo:
+        ref = todo.pop()
+        if ref.index >= first and ref.index not in needed:
+            needed.add(ref.index)
+            step = program.steps[ref.index - first]
+            todo += refs_in((step.args, tuple(step.kwargs.values())))
+    place = {k: first + i for i, k in enumerate(sorted(needed))}
+
+    def final(ref: Ref) -> Ref:
+        return Ref(place.get(ref.index, ref.index))
+
+    steps = [
+        Step(s.op, mapped(s.args, final), {k: mapped(v, final) for k, v in s.kwargs.items()})
+        for i, s in enumerate(program.steps, first)
+        if i in needed
+    ]
+    kept = (program.results[i] for i in results)
+    return Program(program.inputs, tuple(steps), tuple(r._replace(value=final(r.value)) for r in kept))
