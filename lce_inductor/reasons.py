@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-NOWHERE = "code without a file"  # the line of what exec() made, or torch itself
+NOWHERE = "torch's own code, or code without a file"  # the line of what exec() made, or a module of torch
 
 
 class Reason(NamedTuple):
@@ -31,8 +31,15 @@ _ROWS = (
     ),
     Reason(
         "crossing",
-        "several rows of logits are read at once: a softmax over tokens, statistics of a batch, rows in another order",
-        "none: such a loss needs all logits at the same time",
+        "several rows of logits are read at once, or a slice of one: a softmax over tokens, statistics of a batch, "
+        "rows in another order",
+        "none for a loss that needs all logits at once; a check or a metric over all of them can go row by row first: "
+        "logits.isfinite().all(-1).all()",
+    ),
+    Reason(
+        "one-row",
+        "there is a single row of logits, or a single one of many is read: the work is cut into rows",
+        "none for a single row; of many, take the one of the hidden states, before the head",
     ),
     Reason(
         "product",
@@ -54,12 +61,12 @@ _ROWS = (
     Reason(
         "random",
         "random numbers of the size of the logits are drawn (dropout, Gumbel noise)",
-        "draw them before the head, or leave dropout out of the logits",
+        "leave dropout out of the logits (before the head it does no harm); noise can be an argument of the function",
     ),
     Reason(
         "returned",
         "the logits, or a value for each class, are returned, so they have to exist",
-        "return them only where they are needed; returned_logits='defer' returns logits that are computed when read",
+        "return them only where they are needed; or the logits alone, which returned_logits='defer' computes when read",
     ),
     Reason(
         "rows-differ",
@@ -91,12 +98,13 @@ _ROWS = (
     Reason(
         "returned-loss-free",
         "the logits are returned and no loss in this graph reads them",
-        "none: the caller wants the logits",
+        "none if the caller wants the logits; a loss that reads them has to be compiled in one function with the head",
     ),
     Reason(
         "no-head",
         "the loss reads logits that no matrix product of this graph computes",
-        "compile the head and the loss in one function",
+        "compile the head and the loss in one function; logits that are made in it have to come from a matrix product "
+        "(F.linear)",
     ),
     Reason(
         "foreign-product",
@@ -107,7 +115,7 @@ _ROWS = (
     ),
     Reason(
         "graph-break",
-        "the head and its loss are in two graphs: torch.compile broke the graph between them",
+        "the head and its loss are not in one graph: torch.compile broke the graph between them",
         "take what breaks the graph out from between them, or behind `if not torch.compiler.is_compiling()`",
     ),
     Reason(
@@ -124,8 +132,15 @@ _ROWS = (
         "compiled-before",
         "a call runs code that was compiled before install(), or in a thread or at a time without the passes; "
         "compiled anew, this head would be rewritten",
-        "call lce_inductor.install() before the first call of the compiled function; torch._dynamo.reset() makes the "
-        "next call compile anew",
+        "call lce_inductor.install() before the first call of the compiled function, in the thread that makes it; "
+        "torch._dynamo.reset() makes the next call compile anew",
+    ),
+    Reason(
+        "recompile-limit",
+        "torch.compile has compiled this function as often as its limit allows: a call with these arguments runs in "
+        "eager mode (with fullgraph=True it fails)",
+        "mark the sizes that change as dynamic (torch.compile(fn, dynamic=True)), or raise "
+        "torch._dynamo.config.recompile_limit before it is reached",
     ),
     Reason(
         "hooks-replaced",

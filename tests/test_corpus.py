@@ -19,6 +19,7 @@ from corpus.registry import Expectation
 from turns import EVERYTHING, turns
 
 import lce_inductor
+from lce_inductor.reporting import history
 
 # One or two of each family that differ most in what Inductor then has to compile.
 SAMPLE = (
@@ -56,14 +57,25 @@ def settle(case: Case, expect: Expectation, run: harness.Run) -> None:
         assert worst.largest < case.limit, f"{case.name}: {held}\n{worst.text}"
 
 
+def settle_told(case: Case, run: harness.Run) -> None:
+    """What report() says of the same run: nothing is called saved that a graph holds."""
+    told = lce_inductor.report()
+    assert told.rewritten == run.counts["rewritten"]
+    held = case.rows and run.largest.largest >= case.limit
+    assert not held or any(not r.saved for r in told.records), f"{case.name}: {run.largest.largest_node} is there"
+
+
 def check(case: Case, dtype: torch.dtype, *, dynamic: bool = False, grad: bool = True, codegen: bool = False) -> None:
     expect = case.expect if grad else case.no_grad
     assert expect is not None
+    history.forget()
     sizes = (0, GROWTH) if dynamic else (0,)
     runs = harness.compiled_run(
         case, dtype, package=lce_inductor, dynamic=dynamic, grad=grad, codegen=codegen, grow=sizes
     )
     settle(case, expect, runs[0])
+    if not dynamic:
+        settle_told(case, runs[0])
     if dynamic and not case.recompiles and len(runs[0].graphs) != len(runs[-1].graphs):
         alone = harness.compiled_run(case, dtype, dynamic=True, grad=grad, codegen=codegen, grow=sizes)
         found, allowed = ([len(run.graphs) for run in each] for each in (runs, alone))

@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from harness import Compiled, head
 from test_explain import WIDE, told
-from test_telling import batch, in_thread, lin, plain
+from test_hints import N, lin, plain
+from test_telling import batch, in_thread
 from test_watch import warnings_of
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import lce_inductor
+from lce_inductor import explain
 from lce_inductor.deferred_logits.tensor import defer_logits
 from lce_inductor.reporting import history
 from lce_inductor.reporting.records import NOWHERE
-
-N, H = 48, 16
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def test_reads_of_deferred_logits(caplog):
     (reads,) = lce_inductor.report().reads
     assert (reads.logits, reads.count, reads.rows, reads.products) == ((24, WIDE), 5, 48, 2.0)
     assert reads.bytes == 2 * 24 * WIDE * 4
-    assert "were read 5 times: 2.00 more products" in str(lce_inductor.report())
+    assert "were read 5 times by eager code: 2.00 more products" in str(lce_inductor.report())
     said = [r.getMessage() for r in caplog.records if "each read costs a product" in r.getMessage()]
     assert len(said) == 1 and "returned_logits='keep'" in said[0]
 
@@ -111,3 +112,88 @@ def test_code_without_a_file(installed, caplog):
     Compiled(scope["step"])(*head())
     (text,) = warnings_of(caplog)
     assert "<string>:2" in text or NOWHERE in text
+
+
+def test_the_same_logits_in_two_graphs_count_once(installed):
+    def fn(x, y):
+        z = lin(x)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(z, y)
+
+    compiled = Compiled(fn)
+    compiled(*batch())
+    assert compiled.refusals == {"returned-loss-free": 1, "no-head": 1}
+    assert counters["lce_inductor.heads"] == {"held_bytes": N * WIDE * 4}
+    found = lce_inductor.report()
+    assert (found.left_alone, found.held_bytes) == (1, N * WIDE * 4) and "heads rewritten: 0 of 1" in str(found)
+    z, y = torch.randn(N, WIDE, requires_grad=True), batch()[1]
+    Compiled(F.cross_entropy)(z, y)  # other logits
+    assert lce_inductor.report().held_bytes == 2 * N * WIDE * 4
+
+
+def test_rows_of_which_nobody_knows_how_many(installed, caplog):
+    """A made-up number is not told as one."""
+    caplog.set_level(logging.DEBUG, logger="lce_inductor")
+
+    def fn(x, y):
+        some = y > 3
+        return F.cross_entropy(lin(x[some]), y[some])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        Compiled(fn)(*batch())
+        (record,) = told(fn, *batch()).records
+    assert record.rewritten and record.guessed and record.saved_bytes == 0
+    assert "saved_bytes" not in counters["lce_inductor.heads"] and lce_inductor.report().saved_bytes == 0
+    assert "unknown size saved" in str(lce_inductor.report()) and "left out" in str(lce_inductor.report())
+    assert any("logits, unknown size no longer exist" in r.getMessage() for r in caplog.records)
+
+
+def test_what_is_no_loss_is_not_called_one(installed):
+    """A check and a metric beside the loss."""
+
+    def fn(x, y):
+        z = lin(x)
+        fine = z.isfinite().all(-1).all()
+        right = (z.argmax(-1) == y).sum()
+        return F.cross_entropy(z, y), fine, right
+
+    Compiled(fn)(*batch())
+    (record,) = lce_inductor.report().records
+    assert record.tier == "region" and len(record.losses) == 1 and "F.cross_entropy(z, y)" in record.losses[0]
+
+
+def test_reads_by_compiled_functions_and_by_explain(installed):
+    @torch.compile(backend="aot_eager")
+    def metric(z, y):
+        return (z.argmax(-1) == y).sum()
+
+    def fn(x, y):
+        z = lin(x)
+        return F.cross_entropy(z, y), z
+
+    x, y = batch()
+    _, z = Compiled(fn)(x, y)
+    assert type(z) is not torch.Tensor and not lce_inductor.report().read_by_compiled
+    torch._dynamo.reset()
+    with torch.no_grad():
+        metric(z, y)
+    found = lce_inductor.report()
+    assert found.read_by_compiled and not found.reads and "compiled functions read deferred logits" in str(found)
+    model = torch.compile(fn, backend="inductor")
+    explain(lambda x, y: model(x, y)[1].detach().sum())(x, y)
+    assert not lce_inductor.report().reads, "that was not the user"
+
+
+def test_what_eager_runs_makes_no_graph(installed):
+    def fn(x, y):
+        try:
+            z = lin(x)
+            torch._dynamo.graph_break()
+            return F.cross_entropy(z, y)
+        except ZeroDivisionError:
+            return x.sum()
+
+    Compiled(fn)(*batch())
+    assert "explain() says so" in str(lce_inductor.report())
+    text = str(explain(fn)(*batch()))
+    assert "nothing is known of what eager code holds" in text and "no head" not in text and "try block" in text

@@ -52,14 +52,18 @@ CASES: dict[str, dict[str, Fn]] = {
         "a scaled product": lambda x, w, y: F.cross_entropy(torch.addmm(w[:, 0], x, w.T, beta=0.5, alpha=2), y),
         "a bias for each row": lambda x, w, y: F.cross_entropy(torch.addmm(x.detach()[:, :1], x, w.T), y),
     },
+    "one-row": {
+        "of many": lambda x, w, y: F.cross_entropy(F.linear(x, w)[3], y[3]),
+        "alone": lambda x, w, y: F.cross_entropy(F.linear(x[3], w), y[3]),
+    },
     "crossing": {
+        "a slice of one": lambda x, w, y: F.cross_entropy(F.linear(x, w)[-1:], y[-1:]),
         "softmax over rows": lambda x, w, y: F.cross_entropy(F.linear(x, w).softmax(0), y),
         "statistics of a batch": lambda x, w, y: (lambda z: F.cross_entropy(z - z.mean(0), y))(F.linear(x, w)),
         "maximum of all": lambda x, w, y: (lambda z: F.cross_entropy(z - z.max(), y))(F.linear(x, w)),
         "neighbours": lambda x, w, y: (lambda z: (z[1:] - z[:-1]).logsumexp(-1).sum())(F.linear(x, w)),
         "labels of the next row": lambda x, w, y: (lambda z: F.cross_entropy(z[:-1], z[1:].argmax(-1)))(F.linear(x, w)),
         "each row meets all": lambda x, w, y: (lambda z: (z[:, None] - z[None]).logsumexp(-1).sum())(F.linear(x, w)),
-        "one row": lambda x, w, y: F.cross_entropy(F.linear(x, w)[3], y[3]),
         "sorted rows": lambda x, w, y: F.cross_entropy(F.linear(x, w).sort(0).values, y),
         "mixed by a view": lambda x, w, y: F.linear(x, w[:36]).view(8, -1).logsumexp(-1).sum(),
         "class weights of all rows": lambda x, w, y: (
@@ -209,6 +213,7 @@ ELSEWHERE |= {
     "little-saved",
     "not-installed",
     "hooks-replaced",
+    "recompile-limit",
     "other-backend",
 }  # test_explain.py
 

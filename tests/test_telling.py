@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,18 +11,16 @@ import torch
 import torch.nn.functional as F
 from harness import Compiled
 from test_explain import WIDE, codes, told
+from test_hints import H, N, lin, plain
 from test_watch import warnings_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
-from torch.utils.checkpoint import checkpoint
 
 import lce_inductor
 from lce_inductor import explain
 from lce_inductor.reporting import history
 from lce_inductor.reporting.records import NOWHERE
-
-N, H = 48, 16
 
 
 @pytest.fixture(autouse=True)
@@ -119,174 +116,7 @@ def test_a_body_of_adapters_and_its_head(installed):
     assert codes(found) == [None] and found.held_bytes == 0
 
 
-# -- losses without a head, and breaks, each with a hint that works
-
-
-lin, conv = nn.Linear(H, WIDE), nn.Conv1d(H, WIDE, 1)
-weights = torch.randn(3, WIDE, H)
-full = nn.Linear(H, WIDE)
-full.register_full_backward_hook(lambda module, gi, go: None)
-light = nn.Linear(H, WIDE)
-light.weight.register_hook(lambda g: None)
-
-
-@torch.library.custom_op("lce_inductor_tests::project", mutates_args=())
-def project(x: Tensor, w: Tensor) -> Tensor:
-    return x @ w.t()
-
-
-@project.register_fake
-def _(x: Tensor, w: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0])
-
-
-project.register_autograd(
-    lambda ctx, g: (g @ ctx.saved_tensors[1], g.t() @ ctx.saved_tensors[0]),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g @ w, g.t() @ x
-
-
-def ce(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y)
-
-
-def lse(z: Tensor, y: Tensor) -> Tensor:
-    return (z.logsumexp(-1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
-
-
-disabled = torch.compiler.disable(lambda z, y: F.cross_entropy(z, y))
-
-
-def in_try(z: Tensor, y: Tensor) -> Tensor:
-    try:
-        import no_such_package_1234  # noqa: F401
-    except ImportError:
-        return F.cross_entropy(z, y)
-    raise AssertionError
-
-
-def broken(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        z = lin(x)
-        torch._dynamo.graph_break()
-        return loss(z, y)
-
-    return step
-
-
-def masked(x: Tensor, y: Tensor) -> Tensor:
-    z, some = lin(x), y > 3
-    return F.cross_entropy(z[some], y[some])
-
-
-def by_item(x: Tensor, y: Tensor) -> Tensor:
-    z = lin(x)
-    return F.cross_entropy(z / x.detach().abs().max().item(), y)
-
-
-def convolved(x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(conv(x.view(4, 12, H).transpose(1, 2)), y.view(4, 12))
-
-
-def linear_of_conv(x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, conv.weight.flatten(1), conv.bias), y)
-
-
-def looped(x: Tensor, y: Tensor) -> Tensor:
-    return sum(F.cross_entropy(F.linear(x, w), y) for w in weights)  # type: ignore[return-value]
-
-
-def plain(x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(lin(x), y)
-
-
-def vmapped(x: Tensor, y: Tensor) -> Tensor:
-    return torch.func.vmap(lambda w: F.cross_entropy(F.linear(x, w), y))(weights).sum()
-
-
-def setting(name: str) -> Any:
-    return torch._dynamo.config.patch({name: True})
-
-
-ALONE = contextlib.nullcontext
-# name: what is told, code, words of the hint, what the hint makes of it, what the hint sets
-CASES: dict[str, tuple[Callable[..., Any], str, str, Callable[..., Any], Callable[[], Any]]] = {
-    "break, cross_entropy": (broken(ce), "graph-break", "take what breaks the graph out", plain, ALONE),
-    "break, logsumexp": (broken(lse), "graph-break", "take what breaks the graph out", lambda x, y: lse(lin(x), y), ALONE),
-    "break in a try block": (lambda x, y: in_try(lin(x), y), "graph-break", "take what breaks the graph out", plain, ALONE),
-    "disabled loss": (lambda x, y: disabled(lin(x), y), "graph-break", "torch.compiler.disable off", plain, ALONE),
-    "rows by a mask": (
-        masked, "graph-break", "capture_dynamic_output_shape_ops = True", masked,
-        lambda: setting("capture_dynamic_output_shape_ops"),
-    ),
-    "a number read": (
-        by_item, "graph-break", "capture_scalar_outputs = True", by_item, lambda: setting("capture_scalar_outputs")
-    ),
-    "hook on the head": (
-        lambda x, y: F.cross_entropy(full(x), y), "graph-break", "weight.register_hook",
-        lambda x, y: F.cross_entropy(light(x), y), ALONE,
-    ),
-    "convolution": (convolved, "foreign-product", "kernel size 1 is one", linear_of_conv, ALONE),
-    "vmap over weights": (vmapped, "foreign-product", "for each weight in a loop", looped, ALONE),
-    "custom op": (lambda x, y: F.cross_entropy(project(x, lin.weight), y), "foreign-product", "F.linear", plain, ALONE),
-    "scaled product": (
-        lambda x, y: F.cross_entropy(torch.addmm(lin.bias, x, lin.weight.t(), alpha=2), y), "foreign-product", "F.linear",
-        lambda x, y: F.cross_entropy(F.linear(x, lin.weight, lin.bias / 2) * 2, y), ALONE,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", CASES)
-def test_code_and_a_hint_that_works(what):
-    fn, code, words, mended, settings = CASES[what]
-    x, y = torch.randn(N, H), torch.randint(0, WIDE, (N,))
-    found = told(fn, x, y)
-    assert found.records and set(codes(found)) == {code}, codes(found)
-    assert all(words in r.hint for r in found.records) and found.saved_bytes == 0
-    assert found.held_bytes in (N * WIDE * 4, 3 * N * WIDE * 4), "the same logits count once"
-    with settings():
-        found = told(mended, x, y)
-    assert set(codes(found)) == {None} and found.held_bytes == 0
-
-
-@pytest.mark.parametrize("what", ["checkpoint", "reentrant", "autograd.Function", "forward hook", "vmap over rows"])
-def test_forms_that_are_rewritten(what):
-    """No break, no foreign product: nothing is said against them."""
-    hooked = nn.Linear(H, WIDE)
-    hooked.register_forward_hook(lambda m, i, o: None)
-    fn = {
-        "checkpoint": lambda x, y: F.cross_entropy(checkpoint(lin, x, use_reentrant=False), y),
-        "reentrant": lambda x, y: F.cross_entropy(checkpoint(lin, x, use_reentrant=True), y),
-        "autograd.Function": lambda x, y: F.cross_entropy(Product.apply(x, lin.weight), y),
-        "forward hook": lambda x, y: F.cross_entropy(hooked(x), y),
-        "vmap over rows": lambda x, y: torch.func.vmap(lambda x, y: F.cross_entropy(lin(x[None]), y[None]))(
-            x, y
-        ).mean(),
-    }[what]
-    assert codes(told(fn, torch.randn(N, H, requires_grad=True), torch.randint(0, WIDE, (N,)))) == [None]
-
-
-def test_a_product_that_reads_the_logits():
-    """The head is told, though it is another layer's input, too: a loss reads it."""
-
-    def fn(x, y):
-        z = lin(x)
-        return F.cross_entropy(z, y) + (z.softmax(-1) @ lin.weight).square().mean()
-
-    (record,) = [r for r in told(fn, torch.randn(N, H), torch.randint(0, WIDE, (N,))).records if not r.rewritten]
-    assert record.code == "product" and record.kind == "linear" and record.classes == str(WIDE) and record.losses
+# -- losses without a head
 
 
 def test_a_loss_without_a_head_is_counted(installed, caplog):
@@ -345,6 +175,22 @@ def test_other_arguments_and_other_settings(installed):
         found = explain(compiled)(*batch())
         assert codes(found) == [None] and "other settings" in found.notes[0]
         assert codes(explain(compiled)(*batch(60))) == ["too-small"]
+
+
+def test_the_limit_of_recompilations(installed):
+    """Beyond it a call runs in eager mode, and the code that is there stays in force."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled = torch.compile(plain, dynamic=False)
+        compiled(*batch())
+        compiled(*batch(60))
+        assert counters["lce_inductor"]["rewritten"] + counters["lce_inductor"]["cached:rewritten"] == 1
+        found = explain(compiled)(*batch(60))
+        assert codes(found) == ["recompile-limit"] and "dynamic=True" in found.records[0].hint
+        assert codes(explain(compiled)(*batch())) == [None]
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, dynamic=True)
+        compiled(*batch())
+        assert codes(explain(compiled)(*batch(60))) == [None], "as the hint says"
 
 
 def test_parts_that_are_compiled_by_themselves(installed):

@@ -139,10 +139,12 @@ def test_trace_artifacts(two_processes):
 def test_code_without_records_tells_by_its_ops(tmp_path):
     """A cache that came over the network has the code only."""
     (tmp_path / "code.py").write_text("buf = torch.ops.lce_inductor.row_stats_with_grad.default(arg0, arg1)\n")
-    (record,) = watch._kept([tmp_path / "code.py"])
+    (record,) = watch._kept([tmp_path / "code.py"], "f")
     assert record.rewritten and record.inserted == ("row_stats_with_grad",)
-    watch._keep([tmp_path / "code.py"], [record.refused("escape")])
-    assert [r.code for r in watch._kept([tmp_path / "code.py"])] == ["escape"]
+    for function, code in (("f", "escape"), ("g", "crossing")):
+        watch._keep([tmp_path / "code.py"], function, [record.refused(code)])
+    found = {name: watch._kept([tmp_path / "code.py"], name)[0].code for name in ("f", "g", "of another line")}
+    assert found == {"f": "escape", "g": "crossing", "of another line": "crossing"}
 
 
 # -- the warning

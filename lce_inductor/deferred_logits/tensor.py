@@ -29,7 +29,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from ..reporting.history import deferred_read
+from ..reporting.history import deferred_read, read_by_compiled
 from ..spec.epilogue import apply, parse
 from .optimizer_steps import Steps
 from .rules import View, answer, keeps_values
@@ -194,6 +194,8 @@ class DeferredLogits(Tensor):
             rows, hidden = x.shape[:-1].numel(), max(x.shape[-1], 1)
             itemsize = spec.dtypes[-1].itemsize
             deferred_read(whole.numel() // hidden, rows, weight.shape[0], itemsize, pending=spec.pending)
+        elif not spec.pending:  # those are what a compiled function is given
+            read_by_compiled()
         bias = None if bias is None else bias.to(spec.compute_dtype)
 
         def logits(x: Tensor) -> Tensor:

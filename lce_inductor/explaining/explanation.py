@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import install
 from ..config import Config, make_config
-from ..reporting import table
-from ..reporting.records import HeadRecord, attach, size_text
+from ..reporting import history, table
+from ..reporting.records import HeadRecord, attach
 from . import tracing
 from .joined import across
 from .tracing import GraphReport
@@ -38,12 +38,12 @@ class Explanation:
     @property
     def saved_bytes(self) -> int:
         """Bytes of logits that no longer exist, by hint."""
-        return sum(r.logits_bytes for r in self.records if r.saved)
+        return sum(r.saved_bytes for r in self.records)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of logits that stay, by hint; a loss and its head in two graphs count once."""
-        return sum(r.logits_bytes for r in self.records if not r.saved and not table.counted(r))
+        """Bytes of logits that stay, by hint; the same logits in two graphs count once."""
+        return sum(r.held_bytes for r in self.records)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -63,9 +63,11 @@ class Explanation:
         done = sum(r.rewritten for r in heads)
         lines = [
             f"lce_inductor.explain: graphs: {len(self.graphs)}; heads rewritten: {done} of {len(heads)}; "
-            f"logits saved: {size_text(self.saved_bytes)}, held: {size_text(self.held_bytes)}"
+            f"{table.sums(self.saved_bytes, self.held_bytes, self.records)}"
         ]
-        if not heads:
+        if not self.graphs:
+            lines = ["lce_inductor.explain: graphs: 0; nothing is known of what eager code holds"]
+        elif not heads:
             lines.append("no head, and no loss over logits")
         else:
             graphs = [(str(i), g.records, g.break_at) for i, g in enumerate(self.graphs)]
@@ -100,7 +102,7 @@ def explain(fn: Callable[..., Any], **settings: Any) -> Callable[..., Explanatio
 
     def run(*args: Any, **kwargs: Any) -> Explanation:
         session = tracing.Session(asked)
-        with undisturbed(fn, args, kwargs):
+        with undisturbed(fn, args, kwargs), history.ignored():
             results = session.run(target, args, kwargs)
         graphs = across(session, results, (args, kwargs))
         notes = session.notes()

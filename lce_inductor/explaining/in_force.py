@@ -15,11 +15,12 @@ _LOOKED_AT = 5000  # objects, on the search for compiled parts
 
 class State(NamedTuple):
     """compiled: is there code that a call with these arguments would run? settings: of the passes that made it, None if
-    there were none. other_arguments: there is code, but none for these."""
+    there were none. other_arguments: there is code, but none for these; at_limit: and Dynamo will make none."""
 
     compiled: bool = False
     settings: Config | None = None
     other_arguments: bool = False
+    at_limit: bool = False
 
 
 def state_of(target: Any, args: Any, kwargs: Any) -> State:
@@ -30,12 +31,11 @@ def state_of(target: Any, args: Any, kwargs: Any) -> State:
     function, given = _root(target.fn, args, kwargs)
     if function is None:
         return State()
-    entries = [
-        e for e in _debug_get_cache_entry_list(function.__code__) if innermost_backend(e.backend) == target.backend
-    ]
+    every = _debug_get_cache_entry_list(function.__code__)
+    entries = [e for e in every if innermost_backend(e.backend) == target.backend]
     fitting = [e for e in entries if _fits(e, given)]
     if not fitting:
-        return State(other_arguments=bool(entries))
+        return State(other_arguments=bool(entries), at_limit=_at_limit(every, given))
     return State(True, watch.settings_of(str(fitting[0].compile_id)))
 
 
@@ -67,6 +67,15 @@ def _root(fn: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         except ValueError:  # not set yet
             continue
     return function, given
+
+
+def _at_limit(entries: Any, given: dict[str, Any]) -> bool:
+    """Does Dynamo leave a further call to eager? It counts the entries of the same objects."""
+    from torch._dynamo import cache_size, config
+
+    frame: Any = types.SimpleNamespace(f_locals=given)
+    own = sum(cache_size._has_same_id_matched_objs(frame, e) for e in entries)
+    return own >= config.recompile_limit or len(entries) >= config.accumulated_recompile_limit
 
 
 def _fits(entry: Any, given: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..reasons import REASONS
 from ..reporting.records import HeadRecord
 from .tracing import GraphReport, Session
 
@@ -16,6 +17,10 @@ def across(session: Session, results: Any, given: Any) -> list[GraphReport]:
     """results: what the function returned. given: its arguments."""
     graphs, parts = session.reports(), session.parts
     changed: dict[int, HeadRecord] = {}
+    for graph in graphs:
+        for head in graph.records if graph.break_at else ():
+            if head.code == "returned":  # to the code behind the break, not to the caller
+                changed[id(head)] = _refused(head, "returned", _stop(graph, session), REASONS["graph-break"].hint)
     eager = _read_by_eager(results)
     for i, graph in enumerate(graphs):
         for head in graph.records:
@@ -28,19 +33,18 @@ def across(session: Session, results: Any, given: Any) -> list[GraphReport]:
                 ended = next((g for g in graphs[i:j] if g.break_at), None)
                 code = "loss-outside" if parts and ended is None else "graph-break"
                 for record in (head, loss):
-                    changed[id(record)] = dataclasses.replace(_refused(record, code, ended), joined=record is loss)
+                    why = _stop(ended, session if code == "graph-break" else None)
+                    changed[id(record)] = dataclasses.replace(_refused(record, code, why), joined=record is loss)
             elif head.trains and (head.told or head.classes in eager):
                 ended = next((g for g in graphs[i:] if g.break_at), None)
                 inside = head.classes in eager or not _returns(results, head)
                 broken = (ended is not None and inside) or (not parts and head.classes in eager)
-                changed[id(head)] = _refused(
-                    head, "graph-break" if broken else "loss-outside", ended if broken else None
-                )
-    if not parts:
+                why = _stop(ended, session) if broken else ""
+                changed[id(head)] = _refused(head, "graph-break" if broken else "loss-outside", why)
+    if not parts and session.breaks:
         for record in [r for g in graphs for r in g.records if _is_its_loss(r, r) and id(r) not in changed]:
             if not _holds(given, record.classes):  # eager code of the function made these logits
-                why = "; ".join(session.breaks)
-                changed[id(record)] = _hinted(record.refused("graph-break", f"({why})" if why else ""))
+                changed[id(record)] = _refused(record, "graph-break", _stop(None, session))
     graphs = [g.mapped(lambda r: changed.get(id(r), r)) for g in graphs]
     return [dataclasses.replace(g, records=tuple(r for r in g.records if r.told)) for g in graphs]
 
@@ -55,13 +59,15 @@ def _is_its_loss(record: HeadRecord, head: HeadRecord) -> bool:
     return record.code == "no-head" and not record.stop and record.classes == head.classes
 
 
-def _refused(record: HeadRecord, code: str, ended: GraphReport | None) -> HeadRecord:
-    record = record.refused(code, f"{ended.break_at} ({ended.break_reason})" if ended is not None else "")
-    return _hinted(record)
+def _stop(ended: GraphReport | None, session: Session | None) -> str:
+    """Where and why a graph ended; else, of a break that ended none, the reasons that Dynamo counted."""
+    if ended is not None:
+        return f"{ended.break_at} ({ended.break_reason})"
+    return f"({'; '.join(session.breaks)})" if session is not None and session.breaks else ""
 
 
-def _hinted(record: HeadRecord) -> HeadRecord:
-    hint = _hint(record.stop)
+def _refused(record: HeadRecord, code: str, stop: str, hint: str = "") -> HeadRecord:
+    record, hint = record.refused(code, stop), _hint(stop) or hint
     return dataclasses.replace(record, hint=hint) if hint else record
 
 
@@ -70,11 +76,11 @@ def _hint(stop: str) -> str:
     if "self.loss_function" in stop:  # models without a loss type of their own warn about it through a logger
         return 'set model.loss_type = "ForCausalLM" before compiling (Hugging Face)'
     if "backwards hooks" in stop:
-        return "take the full backward hook off the head; a hook on its weight (weight.register_hook) breaks nothing"
+        return "take the backward hook off the module; a hook on the weight (weight.register_hook) breaks nothing"
     if "torch.compiler.disable" in stop:
-        return "take torch.compiler.disable off what stands between head and loss, or off the loss"
+        return "take torch.compiler.disable off the head, off the loss, or off what stands between them"
     if "dynamic shape operator" in stop.lower() or "dynamic output shape" in stop.lower():
-        return f"set {_DYNAMIC}: rows are then selected by a mask without breaking the graph"
+        return f"set {_DYNAMIC}: rows that a mask selects then stay in the graph"
     if "item()" in stop or "scalar" in stop.lower():
         return f"set {_SCALAR}, or take the number out of the tensor behind the loss"
     return ""

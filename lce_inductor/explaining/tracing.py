@@ -135,7 +135,9 @@ class Session:
         config = install.settings_in(found)
         if target.backend is not None and not obstacle:
             state = in_force.state_of(target, args, kwargs)
-            if state.other_arguments:
+            if state.at_limit:
+                obstacle = "recompile-limit"
+            elif state.other_arguments:
                 self._say(
                     "compiled code exists, but not for these arguments: the table is for what a call with them "
                     "compiles (Dynamo may then take sizes that differ as symbols)"

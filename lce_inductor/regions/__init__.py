@@ -72,11 +72,11 @@ class Alternative(NamedTuple):
 class Head:
     """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
 
-    Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint. losses: the
-    lines of what reads the logits as a loss does. returned: are they returned as logits are, so that a loss outside
-    could read them? tier: "kernels" or "region"; steps: of its program (0: the kernels have none); products: of a
-    training step. ops: what computes it now. request, plan: of the kernels' call, of that for
-    the gradients where there are two. for_memory: where that is no empty word, see Alternative.
+    Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint; guessed: is
+    one of them only a guess? losses: the lines of what reads the logits as a loss does. returned: are they returned as
+    logits are, so that a loss outside could read them? tier: "kernels" or "region"; steps: of its program (0: the
+    kernels have none); products: of a training step. ops: what computes it now. request, plan: of the kernels' call, of
+    that for the gradients where there are two. for_memory: where that is no empty word, see Alternative.
     """
 
     node: Node
@@ -85,6 +85,7 @@ class Head:
     classes: str
     sizes: tuple[int, int, int, int]
     device: str
+    guessed: bool = False
     refusal: Refusal | None = None
     losses: list[str] = dataclasses.field(default_factory=list)
     trains: bool = False
@@ -106,7 +107,8 @@ class Head:
         value, x = node.meta["val"], factors(node)[0].meta["val"]
         sizes = numel_hint(value.shape[:-1]), size_hint(x.shape[-1]), size_hint(value.shape[-1]), value.dtype.itemsize
         tokens = "*".join(str(s) for s in value.shape[:-1] if not is_one(s))
-        return Head(node, source(node), tokens, str(value.shape[-1]), sizes, device_type(node))
+        guessed = not all(map(has_hint, value.shape))
+        return Head(node, source(node), tokens, str(value.shape[-1]), sizes, device_type(node), guessed)
 
     @property
     def logits_bytes(self) -> int:
@@ -138,6 +140,7 @@ class Stray:
     tokens: str
     classes: str
     logits_bytes: int
+    guessed: bool
     refusal: Refusal
     trains: bool
     product: str = ""
@@ -218,12 +221,6 @@ def _write(graph: Graph, labels: Labels, region: Region, config: Config) -> tupl
 def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
     """What is told of heads and of losses without one, read off the graph before it is changed."""
     labels = found.labels
-    for region in found.regions:
-        parts = [*region.forward.values(), *region.backward.values()]
-        nodes = [n for part in parts for n, _ in part.nodes if n not in labels.on_tangent]
-        for head in region.heads:
-            heads[head].losses = list(filter(None, dict.fromkeys(map(source, nodes))))
-            heads[head].replaced = [n.format_node() or n.name for n in (head, *nodes)]
     strays: dict[tuple[Node, ...], Stray] = {}
     for loss in find_losses(labels.graph, labels.on_tangent):
         mine: list[Head | Stray] = [heads[n] for n in loss.origins if n in heads]
@@ -231,10 +228,18 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
             line = source(loss.node) or ("" if reader.losses else NOWHERE)
             if line and line not in reader.losses:
                 reader.losses.append(line)
+    for region in found.regions:
+        parts = [*region.forward.values(), *region.backward.values()]
+        nodes = [n for part in parts for n, _ in part.nodes if n not in labels.on_tangent]
+        for head in (heads[n] for n in region.heads):
+            head.replaced = [n.format_node() or n.name for n in (head.node, *nodes)]
+            # A loss without a softmax is all that is computed.
+            head.losses = head.losses or list(filter(None, dict.fromkeys(map(source, nodes))))
     for node in heads:
         heads[node].trains = gets_gradient(node, labels.on_tangent)
         heads[node].returned = looks_like_logits(node, labels.on_tangent)
-    return list(strays.values())
+    # A softmax of a single vector, made of no product, weighs something.
+    return [s for s in strays.values() if s.tokens != "1" or s.refusal.reason.code != "no-head"]
 
 
 def _stray(loss: Loss, labels: Labels) -> Stray:
@@ -246,14 +251,17 @@ def _stray(loss: Loss, labels: Labels) -> Stray:
     text = "*".join(str(s) for s in shape if not is_one(s)) or str(tokens)
     made = next((n for n in loss.origins if is_product(n) or is_product_by_shape(n)), None)
     product = ""
-    if made is not None and made.target in PRODUCTS and read_by_products(made, labels.on_tangent):
+    if made is not None and tokens == 1 and made.target in PRODUCTS:
+        refusal = refuse("one-row", made)
+    elif made is not None and made.target in PRODUCTS and read_by_products(made, labels.on_tangent):
         refusal, product = refuse("product", read_by_products(made, labels.on_tangent)), source(made)
     elif made is not None:
         refusal = refuse("foreign-product", made)
     else:
         refusal = refuse("no-head", next((n for n in loss.origins if n.op == "call_function"), None))
     trains = any(like(n, loss.logits) for n in labels.on_tangent)
-    return Stray([], text, str(loss.classes), count * value.dtype.itemsize, refusal, trains, product)
+    guessed = not all(map(has_hint, value.shape))
+    return Stray([], text, str(loss.classes), count * value.dtype.itemsize, guessed, refusal, trains, product)
 
 
 def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[Region]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from . import table
@@ -62,11 +65,13 @@ class Report:
 
     Attributes:
         graphs: those compiled last, oldest first. forgotten: how many older ones are only in the sums.
-        reads: of deferred logits.
+        reads: of deferred logits, by eager code. read_by_compiled: were functions compiled, too, that read some? What
+            these compute themselves is not counted.
     """
 
     graphs: tuple[Compiled, ...]
     reads: tuple[Reads, ...]
+    read_by_compiled: bool
     forgotten: int
     rewritten: int
     left_alone: int
@@ -79,7 +84,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        numbers = ("forgotten", "rewritten", "left_alone", "saved_bytes", "held_bytes")
+        numbers = ("forgotten", "rewritten", "left_alone", "saved_bytes", "held_bytes", "read_by_compiled")
         return {
             **{name: getattr(self, name) for name in numbers},
             "graphs": [graph.as_dict() for graph in self.graphs],
@@ -95,16 +100,19 @@ class Report:
         lines = [
             f"lce_inductor.report: graphs compiled: {total}{f' ({cached} from the compile caches)' if cached else ''}; "
             f"heads rewritten: {self.rewritten} of {self.rewritten + self.left_alone}; "
-            f"logits saved: {size_text(self.saved_bytes)}, held: {size_text(self.held_bytes)}"
+            f"{table.sums(self.saved_bytes, self.held_bytes, self.records)}"
         ]
         if any(g.records for g in self.graphs):
             rows = [(_name(g), g.records, g.break_at) for g in self.graphs if g.records]
             lines += ["", *table.rows(rows), *(line for r in self.records for line in table.why(r))]
         for reads in self.reads:
             lines += ["", _told(reads)]
+        if self.read_by_compiled:
+            lines += ["", "compiled functions read deferred logits, too: their products are not counted here"]
         if not total:
             lines.append(
-                "no graph was compiled with the passes: install() before the first call of a compiled function"
+                "no graph was compiled with the passes: call install() before the first call of a compiled function, "
+                "in the thread that compiles; what torch.compile leaves to eager makes no graph (explain() says so)"
             )
         return "\n".join(lines)
 
@@ -118,8 +126,8 @@ def _name(graph: Compiled) -> str:
 
 def _told(reads: Reads) -> str:
     return (
-        f"deferred logits {list(reads.logits)} were read {reads.count} times: {reads.products:.2f} more products of "
-        f"the head, {size_text(reads.bytes)} computed ({_WITHOUT_READS[reads.pending]})"
+        f"deferred logits {list(reads.logits)} were read {reads.count} times by eager code: {reads.products:.2f} more "
+        f"products of the head, {size_text(reads.bytes)} computed ({_WITHOUT_READS[reads.pending]})"
     )
 
 
@@ -137,6 +145,7 @@ class _History:
         self.lock = threading.Lock()
         self.graphs: deque[Compiled] = deque(maxlen=_GRAPHS)
         self.reads: OrderedDict[tuple[int, int, bool], Reads] = OrderedDict()
+        self.read_by_compiled = False
         self.forgotten = self.rewritten = self.left_alone = self.saved_bytes = self.held_bytes = 0
 
     def add(self, graph: Compiled) -> None:
@@ -145,9 +154,9 @@ class _History:
             self.graphs.append(graph)
             for record in graph.records:
                 self.rewritten += record.rewritten
-                self.left_alone += not record.rewritten
-                self.saved_bytes += record.logits_bytes * record.saved
-                self.held_bytes += record.logits_bytes * (not record.saved)
+                self.left_alone += not record.rewritten and not record.joined
+                self.saved_bytes += record.saved_bytes
+                self.held_bytes += record.held_bytes
 
     def read(self, logits: tuple[int, int], rows: int, size: int, pending: bool) -> bool:
         """Is it the first of these logits?"""
@@ -165,6 +174,7 @@ class _History:
 
 
 _history = _History()
+_ignored: ContextVar[bool] = ContextVar("lce_inductor_ignored", default=False)
 
 
 def graph_compiled(compile_id: str, records: list[HeadRecord], cached: bool) -> None:
@@ -174,12 +184,30 @@ def graph_compiled(compile_id: str, records: list[HeadRecord], cached: bool) -> 
 
 def deferred_read(whole: int, rows: int, classes: int, itemsize: int, pending: bool = False) -> None:
     """Some rows of deferred logits, of so many, are about to be computed. pending: of a head under defer()."""
+    if _ignored.get():
+        return
     shape = int(whole), int(classes)
     if _history.read(shape, int(rows), int(rows) * int(classes) * itemsize, pending):
         log.info(
             "deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
             "%s", list(shape), _WITHOUT_READS[pending],
         )  # fmt: skip
+
+
+def read_by_compiled() -> None:
+    """A function is being compiled that reads deferred logits."""
+    if not _ignored.get():
+        _history.read_by_compiled = True
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Reads inside the with-block are not the user's."""
+    token = _ignored.set(True)
+    try:
+        yield
+    finally:
+        _ignored.reset(token)
 
 
 def report() -> Report:
@@ -192,7 +220,10 @@ def report() -> Report:
     h = _history
     with h.lock:
         reads = tuple(dataclasses.replace(r) for r in h.reads.values())
-        return Report(tuple(h.graphs), reads, h.forgotten, h.rewritten, h.left_alone, h.saved_bytes, h.held_bytes)
+        return Report(
+            tuple(h.graphs), reads, h.read_by_compiled, h.forgotten, h.rewritten, h.left_alone, h.saved_bytes,
+            h.held_bytes,
+        )  # fmt: skip
 
 
 def forget() -> None:

@@ -24,7 +24,8 @@ class HeadRecord:
         source: user's `file:line: code` of the linear; stop: the same of the node where recognition stopped.
         losses: the same of each operation that reads the logits as a loss.
         tokens, classes: N and V as written in the graph (a symbol under dynamic shapes).
-        logits_bytes: bytes of the logits, by hint; saved if rewritten, else held.
+        logits_bytes: bytes of the logits, by hint; saved if rewritten, else held. guessed: how many rows there will be
+            was not known when the graph was made (rows that a mask selects); sums leave such bytes out.
         code: reason code, or None if rewritten.
         trains: do the logits need a gradient?
         tier: "kernels" or "region", what computes a rewritten head; steps: of a region's program, for each row.
@@ -61,6 +62,7 @@ class HeadRecord:
     told: bool = True
     joined: bool = False
     prefer: str = ""
+    guessed: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -71,6 +73,18 @@ class HeadRecord:
         """Do the logits not exist?"""
         return self.rewritten and not self.held
 
+    @property
+    def saved_bytes(self) -> int:
+        return self.logits_bytes if self.saved and not self.guessed else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """The same logits in two graphs count once."""
+        return self.logits_bytes if not (self.saved or self.guessed or self.joined) else 0
+
+    def bytes_text(self) -> str:
+        return "unknown size" if self.guessed else size_text(self.logits_bytes)
+
     def how(self) -> str:
         """What computes a rewritten head, in words."""
         parts = {"kernels": "fused kernels", "region": f"a program of {self.steps} steps"}.get(self.tier, "")
@@ -78,7 +92,7 @@ class HeadRecord:
 
     def products_text(self) -> str:
         shared = f" for {self.together} heads" if self.together > 1 else ""
-        return f"{self.products} products{shared}" if self.products else ""
+        return f"{self.products} product{'s' * (self.products > 1)}{shared}" if self.products else ""
 
     def prefer_text(self) -> str:
         return f"prefer={self.prefer!r}" if self.prefer else ""
@@ -90,7 +104,7 @@ class HeadRecord:
 
     def lines(self) -> list[str]:
         """The record as log lines."""
-        size = f"{self.tokens}x{self.classes} logits, {size_text(self.logits_bytes)}"
+        size = f"{self.tokens}x{self.classes} logits, {self.bytes_text()}"
         if self.code is None:
             exist = "exist all the same: something else needs them" if self.held else "no longer exist"
             return [
@@ -171,7 +185,9 @@ def publish(records: list[HeadRecord], config: Any, cached: bool = False) -> Non
             # of heads that are computed together, an equal share each: the sum is right
             share = record.products / record.together
             sums[prefix + "products"] += int(share) if share.is_integer() else share  # type: ignore[assignment]
-        sums[prefix + ("saved_bytes" if record.saved else "held_bytes")] += record.logits_bytes
+        for name in ("saved_bytes", "held_bytes"):
+            if getattr(record, name):
+                sums[prefix + name] += getattr(record, name)
         for line in record.lines():
             log.debug("%s%s", "from the compile caches: " if cached else "", line)
     attach("lce_inductor_heads", [dataclasses.asdict(r) for r in news])
@@ -217,6 +233,7 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         gradients=head.gradients,
         held=refusal is None and head.node in existing,
         prefer=config.prefer if config.prefer != "speed" and head.tier == "kernels" else "",
+        guessed=head.guessed,
     )
     other = _alternative(head.for_memory)
     if refusal is None:
@@ -257,6 +274,7 @@ def _of_stray(stray: Any) -> HeadRecord:
         kind="linear" if stray.product else "loss",
         losses=tuple(stray.losses if stray.product else more),
         trains=stray.trains,
+        guessed=stray.guessed,
     )
     return record.refused(stray.refusal.reason.code, _stop(stray.refusal))
 

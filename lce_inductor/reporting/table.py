@@ -19,6 +19,11 @@ def short(source: str) -> str:
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
+def sums(saved: int, held: int, records: Iterable[HeadRecord]) -> str:
+    unknown = " (some of unknown size left out)" if any(r.guessed for r in records) else ""
+    return f"logits saved: {size_text(saved)}, held: {size_text(held)}{unknown}"
+
+
 def outcome(record: HeadRecord) -> str:
     if record.code is not None:
         return record.code
@@ -38,7 +43,7 @@ def rows(graphs: Iterable[tuple[str, tuple[HeadRecord, ...], str]]) -> list[str]
     cells = [("graph", "", "where", "logits", "bytes", "outcome")]
     for name, records, break_at in graphs:
         for r in records:
-            size = f"{size_text(r.logits_bytes)} {'saved' if r.saved else 'held'}"
+            size = f"{r.bytes_text()} {'saved' if r.saved else 'held'}"
             cells.append((name, r.kind, short(r.source), f"{r.tokens} x {r.classes}", size, outcome(r)))
             if r.kind == "linear":
                 cells += [("", "loss", short(source), "", "", "") for source in r.losses if source != r.source]

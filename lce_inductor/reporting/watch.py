@@ -2,7 +2,8 @@
 
 A cache hit runs no pass (from torch 2.12 on). But each cache asks the pass for its key, which tells that a compile
 is under way, and Dynamo tells when it is over. The records of a compile that ran the pass are kept as JSON beside
-the generated code, in Inductor's cache folder, and found again there when a later process loads that code.
+the generated code, in Inductor's cache folder, and found again there when a later process loads that code. Functions
+whose graphs are alike share a file of code: records are kept for each function.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import logging
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from . import history
-from .records import HeadRecord, collecting, publish, size_text
+from .records import HeadRecord, collecting, publish
 
 log = logging.getLogger("lce_inductor")
 
@@ -28,11 +29,13 @@ _OPS = re.compile(r"torch\.ops\.lce_inductor\.((?:row_stats(?:_with_grad)?|row_r
 
 @dataclasses.dataclass
 class _Compile:
-    """What is known of a compile under way: the code modules loaded before it, and what the pass saw, if it ran."""
+    """What is known of a compile under way: the code modules loaded before it, the user's function, and what the pass
+    saw, if it ran."""
 
     config: Config
     loaded: int
     compile_id: str = ""
+    function: str = ""
     ran: bool = False
     records: list[HeadRecord] = dataclasses.field(default_factory=list)
 
@@ -45,14 +48,18 @@ _thread = _Thread()
 _armed = False
 # By compile id, the settings of the passes that were there. Dynamo's reset() begins to count anew.
 _known: OrderedDict[str, Config] = OrderedDict()
+# Logits that graphs returned and no loss has read yet, by classes, bytes, and whether they need a gradient.
+_returned: Counter[tuple[str, int, bool]] = Counter()
 _lock = threading.Lock()
 _KNOWN = 10000
+_FUNCTIONS = 100  # whose records are kept beside one file of code
 
 
 def arm() -> None:
     """Allow one warning; a rewritten head or the warning itself ends that."""
     global _armed
     _armed = True
+    _returned.clear()
 
 
 def disarm() -> None:
@@ -72,7 +79,7 @@ def begin(config: Config) -> None:
     if _thread.now is not None and heard:
         return
     # Where it is forgotten, what is left in `now` is of a compile that was interrupted and will never end.
-    _thread.now = _Compile(config, len(_modules()), str(CompileContext.current_compile_id()))
+    _thread.now = _Compile(config, len(_modules()), str(CompileContext.current_compile_id()), _function())
     with _lock:
         if not heard:
             callback_handler.register_end_callback(_end)
@@ -92,6 +99,7 @@ def settings_of(compile_id: str) -> Config | None:
 def saw(records: list[HeadRecord], config: Config) -> None:
     """The pass ran over a graph and found these heads."""
     begin(config)
+    records = records if collecting() else _joined(records)
     told = [r for r in records if r.told]
     if _thread.now is not None:
         _thread.now.ran = True
@@ -99,6 +107,22 @@ def saw(records: list[HeadRecord], config: Config) -> None:
     elif not collecting():  # outside of Dynamo's compiles
         history.graph_compiled("", told, cached=False)
     publish(records, config)
+
+
+def _joined(records: list[HeadRecord]) -> list[HeadRecord]:
+    """A loss over logits as an earlier graph returned them is taken for their loss, so that they are counted once."""
+    found = []
+    for record in records:
+        logits = record.classes, record.logits_bytes, record.trains
+        with _lock:
+            if record.code == "returned-loss-free" and record.told:
+                _returned[logits] += 1
+            elif record.code == "no-head":
+                joined = _returned[logits] > 0
+                _returned[logits] -= joined
+                record = dataclasses.replace(record, joined=joined)
+        found.append(record)
+    return found
 
 
 def _end(args: Any) -> None:
@@ -109,9 +133,9 @@ def _end(args: Any) -> None:
         files = [Path(m.__file__) for m in _modules()[now.loaded :] if hasattr(m, "call") and m.__file__]
         if now.ran:
             if now.records:
-                _keep(files, now.records)
+                _keep(files, now.function, now.records)
         else:
-            now.records = _kept(files)
+            now.records = _joined(_kept(files, now.function))
             publish(now.records, now.config, cached=True)
         if now.ran or files:
             history.graph_compiled(now.compile_id, now.records, cached=not now.ran)
@@ -127,24 +151,39 @@ def _modules() -> list[Any]:
     return PyCodeCache.modules
 
 
+def _function() -> str:
+    """`file:line:name` of the function, or the rest of one, that is being compiled; "" where Dynamo does not say."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        code = InstructionTranslator.current_tx().f_code
+        return f"{code.co_filename}:{code.co_firstlineno}:{code.co_name}"
+    except (ImportError, AttributeError):
+        return ""
+
+
 def _beside(file: Path) -> Path:
     return file.with_suffix(".lce_inductor.json")
 
 
-def _keep(files: list[Path], records: list[HeadRecord]) -> None:
-    text = json.dumps([dataclasses.asdict(r) for r in records])
+def _keep(files: list[Path], function: str, records: list[HeadRecord]) -> None:
     for file in files:
+        found = json.loads(_beside(file).read_text()) if _beside(file).is_file() else {}
+        found.pop(function, None)
+        found = dict([*found.items()][1 - _FUNCTIONS :]) | {function: [dataclasses.asdict(r) for r in records]}
         unfinished = _beside(file).with_suffix(f".{os.getpid()}")
-        unfinished.write_text(text)
+        unfinished.write_text(json.dumps(found))
         unfinished.replace(_beside(file))
 
 
-def _kept(files: list[Path]) -> list[HeadRecord]:
-    """Records beside the first of these files that has some; where there are none (a cache that came over the
-    network), what the code itself tells."""
+def _kept(files: list[Path], function: str) -> list[HeadRecord]:
+    """Records beside the first of these files that has some, of this function or else (its lines have moved) of the
+    last that became this code; where there are none (a cache that came over the network), what the code itself tells.
+    """
     for file in files:
         if _beside(file).is_file():
-            return [HeadRecord(**_tuples(r)) for r in json.loads(_beside(file).read_text())]
+            found = json.loads(_beside(file).read_text())
+            return [HeadRecord(**_tuples(r)) for r in found.get(function) or [*found.values()][-1]]
     texts = [file.read_text() for file in files]
     texts = [text for text in texts if "tangents_1" not in text]  # a backward computes no head of its own
     return [_bare(name) for text in texts for name in _OPS.findall(text)]
@@ -171,9 +210,9 @@ def _warn(now: _Compile) -> None:
         disarm()
         record = max(missed, key=lambda r: r.logits_bytes)
         log.warning(
-            "install() has rewritten nothing so far, and %s of logits stay in memory: %s: %s: %s. "
+            "install() has rewritten nothing so far, and logits (%s) stay in memory: %s: %s: %s. "
             "print(lce_inductor.explain(fn)(*args)), with what you compile as fn, says more. (Said once.)",
-            size_text(record.logits_bytes), record.source, record.code, record.explanation,
+            record.bytes_text(), record.source, record.code, record.explanation,
         )  # fmt: skip
 
 

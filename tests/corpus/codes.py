@@ -6,7 +6,7 @@ RANDOM = "random"  # dropout or noise on the logits
 RETURNED = "returned"  # the logits, or a value for each class, leave the graph
 ROWS_DIFFER = "rows-differ"  # labels that may have another number of rows
 RETURNED_UNREAD = "returned-loss-free"  # the logits are returned, and no loss of this graph reads them
-FOREIGN = "foreign-product"  # no matrix of logits with rows: the product of one row
+ONE_ROW = "one-row"  # no matrix of logits with rows
 NO_LOSS = "no-loss"  # nothing reduces the logits
 TOO_SMALL = "too-small"  # below min_logits_bytes
 

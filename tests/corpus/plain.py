@@ -352,7 +352,7 @@ def one_sequence(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h[0], weight), labels[0])
 
 
-@case("plain/one-dimensional-logits", Refuse(codes.FOREIGN), note="one row of logits is no larger than what holds it")
+@case("plain/one-dimensional-logits", Refuse(codes.ONE_ROW), note="one row of logits is no larger than what holds it")
 def one_dimensional(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # A single token: the logits have no batch dimension at all.
     return F.cross_entropy(F.linear(x[3], weight), targets.view(-1)[3])
