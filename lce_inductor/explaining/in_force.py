@@ -23,8 +23,8 @@ class State(NamedTuple):
     at_limit: bool = False
 
 
-def state_of(target: Any, args: Any, kwargs: Any) -> State:
-    """The code that Dynamo holds for a compiled function."""
+def state_of(target: Any, args: Any, kwargs: Any, limit: int) -> State:
+    """The code that Dynamo holds for a compiled function. limit: of recompilations, the user's."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.eval_frame import innermost_backend
 
@@ -35,7 +35,7 @@ def state_of(target: Any, args: Any, kwargs: Any) -> State:
     entries = [e for e in every if innermost_backend(e.backend) == target.backend]
     fitting = [e for e in entries if _fits(e, given)]
     if not fitting:
-        return State(other_arguments=bool(entries), at_limit=_at_limit(every, given))
+        return State(other_arguments=bool(entries), at_limit=_at_limit(every, given, limit))
     return State(True, watch.settings_of(str(fitting[0].compile_id)))
 
 
@@ -69,13 +69,13 @@ def _root(fn: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     return function, given
 
 
-def _at_limit(entries: Any, given: dict[str, Any]) -> bool:
+def _at_limit(entries: Any, given: dict[str, Any], limit: int) -> bool:
     """Does Dynamo leave a further call to eager? It counts the entries of the same objects."""
     from torch._dynamo import cache_size, config
 
     frame: Any = types.SimpleNamespace(f_locals=given)
     own = sum(cache_size._has_same_id_matched_objs(frame, e) for e in entries)
-    return own >= config.recompile_limit or len(entries) >= config.accumulated_recompile_limit
+    return own >= limit or len(entries) >= config.accumulated_recompile_limit
 
 
 def _fits(entry: Any, given: dict[str, Any]) -> bool:

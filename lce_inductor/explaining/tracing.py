@@ -89,7 +89,7 @@ class Session:
         self.asked, self.config = asked, asked
         self.graphs: list[GraphReport] = []
         self.failed = self.parts = False
-        self.cached = 0
+        self.cached = self.limit = 0
         self.breaks: list[str] = []
         self.said: list[str] = []
         self.recorders: dict[Any, tuple[_Recorder, Any]] = {}
@@ -101,6 +101,7 @@ class Session:
 
         self.cached = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
         counters.clear()
+        self.limit = torch._dynamo.config.recompile_limit
         try:
             with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1 << 20), self._parts():
                 self.parts = target.backend is None and in_force.holds_compiled(target.fn)
@@ -134,7 +135,7 @@ class Session:
             return _Recorder(self, {**target.options, **install.with_passes(found, self.asked)}, obstacle)
         config = install.settings_in(found)
         if target.backend is not None and not obstacle:
-            state = in_force.state_of(target, args, kwargs)
+            state = in_force.state_of(target, args, kwargs, self.limit)
             if state.at_limit:
                 obstacle = "recompile-limit"
             elif state.other_arguments:
