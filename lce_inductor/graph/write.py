@@ -74,7 +74,7 @@ class Writer:
         if type(expr) not in ops and len(parts) < 2:
             raise ValueError(f"no node of the graph has the size {expr}")
         first, *rest = expr.args if type(expr) in ops else parts
-        out = self.size(first)
+        out: Node = self.size(first)
         for other in rest:
             right = self.size(other)
             values = [v.meta["val"] if isinstance(v, Node) else v for v in (out, right)]
@@ -92,6 +92,7 @@ class Writer:
 
 def find_size(graph: Graph, expr: Any, avoid: set[Node]) -> Node | tuple[Node, int] | None:
     """A node that is this size, or a tensor and its dimension of this size."""
+    node: Node
     for node in graph.nodes:
         value = node.meta.get("val")
         if node not in avoid and isinstance(value, torch.SymInt) and value.node.expr == expr:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._inductor.virtualized import V
@@ -153,7 +153,7 @@ class Decision:
         """What was to be rewritten stays as it is, for a reason that showed only then."""
         for node in [n for region in self.chosen for n in region.heads]:
             head = self.heads[node]
-            kept = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
+            kept: dict[str, Any] = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
             self.heads[node] = dataclasses.replace(Head.of(node), refusal=refuse(code, node), **kept)
         self.chosen = []
 
@@ -350,12 +350,12 @@ def scheduled(decision: Decision, where: dict[Node, str]) -> None:
 def _request(made: list[Node]) -> Request:
     """What the kernels are asked for; of several calls, the first."""
     ops = torch.ops.lce_inductor
-    return request_of(
-        *(
-            next((n for n in made if n.target is op), None)
-            for op in (ops.row_stats.default, ops.row_stats_backward.default)
-        )
+    forward, backward = (
+        next((n for n in made if n.target is op), None)
+        for op in (ops.row_stats.default, ops.row_stats_backward.default)
     )
+    assert forward is not None
+    return request_of(forward, backward)
 
 
 def steps_of(made: list[Node]) -> int:

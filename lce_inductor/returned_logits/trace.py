@@ -164,6 +164,6 @@ def _finished(module: GraphModule, inputs: list[Node], outputs: list[Node], cand
         node.target = f"tangents_{i + 1}"
     (end,) = graph.find_nodes(op="output")
     (results,) = end.args
-    detached = {n: r for n, r in zip(outputs, results) if n in candidates}  # type: ignore[call-overload]
+    detached = {n: r for n, r in zip(outputs, results) if n in candidates}
     graph.eliminate_dead_code()
     return Joint(module, graph, dict(zip(placeholders, inputs)), detached)
