@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import alive, dependents, is_collective, size_hint
+from ..graph.values import alive, dependents, is_collective, is_zero, size_hint
 from . import collectives, index_ops  # noqa: F401  (register their facts)
 from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
-from .zeros import is_zero, keeps_zeros
+from .zeros import keeps_zeros
 
 aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import is_zero
 from .aten_ops import FMA, Crossing
 from .labels import Labels
 from .tags import is_one, shape_of
-from .zeros import is_zero
 
 aten = torch.ops.aten
 prims = torch.ops.prims

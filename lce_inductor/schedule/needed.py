@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import dependents, same
-from .tangents import HEAD_ARGS, LSE_ARG, ROW_GRADIENTS, is_size, is_zero
+from ..graph.values import dependents, is_zero, same
+from .tangents import HEAD_ARGS, LSE_ARG, ROW_GRADIENTS, is_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims
