@@ -10,6 +10,9 @@ from pathlib import Path
 
 # Set before torch is imported: worker processes of Inductor cost more than they give to small graphs.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Else each process that compiles C++ first compiles, and loads in a process of its own, an example for each instruction
+# set that the CPU has: 15 seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

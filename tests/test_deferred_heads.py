@@ -191,6 +191,7 @@ def test_what_they_are(installed):
         assert isinstance(a, PendingLogits)
         torch.testing.assert_close(a.clone(), b)
     assert torch.equal(real.view_as(z), real) and isinstance(z.view_as(real), PendingLogits)
+    torch.testing.assert_close(z.inner(z.new_ones(2, V)), real.inner(real.new_ones(2, V)))
     assert lce_inductor.report().reads
 
 

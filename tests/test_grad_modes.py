@@ -33,7 +33,7 @@ def test_edits_reach_every_result():
     assert {e.detached[0] for e in found if e.detached and not e.spans} == set(range(6))
 
 
-@pytest.mark.parametrize("name", one_of(2, list(BY_RULE)))
+@pytest.mark.parametrize("name", one_of(4, list(BY_RULE)))
 def test_rules(name):
     """Two edits of the program of each rule."""
     (graph,) = graphs(of_rule(name), head(), name)

@@ -22,8 +22,8 @@ STATIC_ONLY = {
     "unflatten other way",
     "std",
 }
-# Rows that are selected twice: the sizes of the moved x are asked about, as those of the logits were by the user.
-GUARDED = {"nested slices", "slice of slice of flat"}
+# Rows that are selected twice: the user asked about sizes of the logits, nobody may ask the same about those of x.
+TWICE = {"nested slices", "slice of slice of flat"}
 
 
 def arguments(case: Case) -> list[torch.Tensor]:
@@ -61,12 +61,8 @@ def ways(name: str) -> list[Callable[[str], None]]:
 
 
 def cases() -> list[Any]:
-    marks = [pytest.mark.xfail(strict=True, reason="a guard is added")]
-    found = [(n, w) for n in one_of(2, list(ALL)) for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(GUARDED)]
-    return [
-        pytest.param(n, w, id=f"{n}-{w.__name__}", marks=marks if n in GUARDED and w is symbols else [])
-        for n, w in dict.fromkeys(found)
-    ]
+    found = [(n, w) for n in one_of(2, list(ALL)) for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(TWICE)]
+    return [pytest.param(n, w, id=f"{n}-{w.__name__}") for n, w in dict.fromkeys(found)]
 
 
 @pytest.mark.parametrize("name, way", cases())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus.harness import no_codegen_backend
 from harness import joint_graph
 from oracle import judge
 from text_programs import make_inputs
+from torch._dynamo.utils import counters
 
+from lce_inductor.deferred_logits.tensor import DeferredLogits
 from lce_inductor.graph.backup import Backup
 from lce_inductor.graph.simplify import simplify, writes_to_slices
 
@@ -73,6 +76,24 @@ def test_nothing_is_scattered_in_the_forward(name):
         seen.add(node := todo.pop())
         todo += [n for n in node.all_input_nodes if n not in seen]
     assert not [n for n in seen if n.target in scatters]
+
+
+RETURNED = {
+    "a slice": lambda z: (p := z[:, :-1], p.div_(0.9), (_lse(p), p))[-1],
+    "its own slice": lambda z: (z[:, :-1].div_(0.9), (_lse(z[:, :-1]), z[:, :-1]))[-1],
+    "of a copy": lambda z: (p := z.clone()[:, :-1], p.div_(0.9), (_lse(p), z))[-1],
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_beside_it_is_deferred(name, installed):
+    x, w, x1, w1 = [a.detach().clone().requires_grad_() for a in (*ARGS, *ARGS)]
+    compiled = torch.compile(lambda x, w: RETURNED[name](F.linear(x, w)), backend=no_codegen_backend([]))
+    loss, z = compiled(x, w)
+    expected, logits = RETURNED[name](F.linear(x1, w1))
+    assert isinstance(z, DeferredLogits) and counters["lce_inductor"]["rewritten"] == 1
+    torch.testing.assert_close((loss, z.clone()), (expected, logits))
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x1, w1)))
 
 
 def test_there_is_a_way_back():

@@ -140,8 +140,8 @@ def auto_chunker(reduction: str) -> Loss:
 
 @implementation("F.linear_cross_entropy", exists=lambda: hasattr(F, "linear_cross_entropy"))
 def torch_function(reduction: str) -> Loss:
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]  # without options it is eager
-    function = F.linear_cross_entropy  # type: ignore[attr-defined]
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined,unused-ignore]  # without options it is eager
+    function = F.linear_cross_entropy  # type: ignore[attr-defined,unused-ignore]
     return lambda x, weight, target: function(x, weight, target, reduction=reduction, options=options)
 
 

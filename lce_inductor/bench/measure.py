@@ -120,7 +120,8 @@ def run_isolated(module: str, job: Any, cache_dir: Path, timeout_s: float | None
             except subprocess.TimeoutExpired:
                 return json.loads(result.read_text()) if result.exists() else late
         if result.exists():
-            return json.loads(result.read_text())
+            found: dict[str, Any] = json.loads(result.read_text())
+            return found
         if code == -signal.SIGKILL:
             return {"status": OUT_OF_MEMORY, "detail": "killed, as the system does when memory runs out"}
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -211,7 +212,7 @@ def peak_added(step: Callable[[], object], clear: Callable[[], object], device: 
         trace = Path(folder) / "trace.json"
         prof.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    changes: list[tuple[float, int]] = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0))
 
 
@@ -226,7 +227,7 @@ def timed_ms(step: Callable[[], object], device: torch.device) -> float:
     step()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last)
+    return float(first.elapsed_time(last))
 
 
 def current_device(name: str) -> torch.device:

@@ -202,7 +202,7 @@ def _measure(job: Job, save: Callable[[Row], None]) -> None:
         tokens = torch.randint(len(head), (batch, job.length), device=device, generator=random)
 
         def step() -> Tensor:
-            loss = run(input_ids=tokens, labels=tokens).loss
+            loss: Tensor = run(input_ids=tokens, labels=tokens).loss
             loss.backward()
             return loss.detach()
 

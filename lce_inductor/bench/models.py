@@ -63,7 +63,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
 def _judged(row: Row, exact: Row) -> Row:
     def difference(found: Any, right: Any) -> float:
         a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
-        return ((a - b).norm() / b.norm()).item()
+        return float((a - b).norm() / b.norm())
 
     assert row.norms and exact.norms and row.samples and exact.samples
     pairs = [(row.loss, exact.loss), *zip(row.norms, exact.norms), *zip(row.samples, exact.samples)]

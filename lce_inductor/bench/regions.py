@@ -44,7 +44,8 @@ from ..ops import schema as _ops  # noqa: F401
 from ..regions.region import find
 from ..regions.write import write
 from .arguments import converter, device_name, kind, positive_integer, present
-from .measure import NotApplied, current_device, peak_added, timed_ms
+from .implementations import NotApplied
+from .measure import current_device, peak_added, timed_ms
 from .reference import DTYPES, ERROR_LIMITS, relative_error
 from .shapes import Shape, parse_shape
 

@@ -61,14 +61,14 @@ def _device(named: Any, z: PendingLogits) -> torch.device:
     return z.device if device.type == z.device.type and device.index is None else device
 
 
-def _scale(name: str) -> Callable:
+def _scale(name: str) -> Callable[..., Any]:
     def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
         return _wait(z, name, other) if type(other) in (int, float) and not kwargs else NotImplemented
 
     return rule
 
 
-def _scale_in_place(name: str) -> Callable:
+def _scale_in_place(name: str) -> Callable[..., Any]:
     def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
         if type(other) not in (int, float) or kwargs:
             return NotImplemented
@@ -82,7 +82,7 @@ def _scale_in_place(name: str) -> Callable:
     return rule
 
 
-def _softmax(name: str) -> Callable:
+def _softmax(name: str) -> Callable[..., Any]:
     def rule(z: PendingLogits, dim: Any = None, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         given = [a for a in (*args, dtype) if isinstance(a, torch.dtype)]
         if dim not in (-1, z.dim() - 1) or kwargs.keys() - {"_stacklevel"}:
@@ -118,7 +118,9 @@ def _view(z: PendingLogits, *size: Any) -> Any:
     return _of_rows(z, lambda x: x.reshape([*rows, x.shape[-1]])) if keeps else NotImplemented
 
 
-def _rows(positions: tuple[int, ...], more: int = 0, default: int | None = None, func: Any = None) -> Callable:
+def _rows(
+    positions: tuple[int, ...], more: int = 0, default: int | None = None, func: Any = None
+) -> Callable[..., Any]:
     """A function of x along dimensions of rows: those arguments, in a tensor of `more` dimensions more."""
 
     def rule(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +192,7 @@ def _is_all(i: Any) -> bool:
 # -- numbers of each row
 
 
-def _of_softmax(name: str) -> Callable:
+def _of_softmax(name: str) -> Callable[..., Any]:
     """Without a softmax these need no logits, and their gradient is as large as they: so it would be if compiled."""
     rule = of_rows(name)
     return lambda z, *args, **kwargs: rule(z, *args, **kwargs) if z.spec.normalized else NotImplemented
@@ -227,7 +229,9 @@ def _detach(z: PendingLogits) -> Any:
     z.check()
     if all(step.name == "to" for step in z.spec.steps):
         dtypes = (z.spec.compute_dtype, *(step.args[0] for step in z.spec.steps))
-        return DeferredLogits(dict(z.inner), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False, pending=True))
+        return DeferredLogits(
+            dict(z.tensors), DeferredSpec("", False, z.spec.compute_dtype, dtypes, False, pending=True)
+        )
     return z.alias()
 
 
@@ -237,7 +241,7 @@ def _named(*names: str) -> list[Any]:
 
 
 # Those of rows need the classes in the last dimension.
-_ROW_RULES: dict[Any, Callable] = {
+_ROW_RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_named("view", "reshape"), lambda z, *a: _view(z, *a)),
     **dict.fromkeys(_named("flatten"), _flatten),
     **{f: _rows((0,), func=f) for f in _named("select", "narrow", "index_select", "squeeze")},
@@ -253,7 +257,7 @@ _ROW_RULES: dict[Any, Callable] = {
     **dict.fromkeys(_named("gather"), _gather),
 }
 
-_RULES: dict[Any, Callable] = {
+_RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_named("permute"), _permute),
     **dict.fromkeys(_named("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(_named("contiguous"), _contiguous),
@@ -297,19 +301,19 @@ def _asks(func: Any) -> bool:
     return getattr(func, "__name__", "") == "__get__" and getattr(attribute, "__name__", "") not in _OTHER_TENSORS
 
 
-def call(func: Any, args: tuple, kwargs: dict) -> Any:
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _AS and len(args) == 2 and not kwargs:  # of the other tensor only the shape is read
         func, args = _AS[func], (args[0], tuple(args[1].shape))
     first = args[0] if args and isinstance(args[0], PendingLogits) else None
     given = [a for a in tree_iter((args, kwargs)) if isinstance(a, PendingLogits)]
     if not given:
         return func(*args, **kwargs)
-    if _asks(func) or (func in (T.detach, torch.detach) and traced(given[0].inner["x"])):
+    if _asks(func) or (func in (T.detach, torch.detach) and traced(given[0].tensors["x"])):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in (T.retain_grad, T.share_memory_, T.data_ptr):
         raise RuntimeError(f"{START}: they have no memory and no gradient of their own; {REMEDY}")
-    if traced(given[0].inner["x"]) and not is_functional(given[0]):
+    if traced(given[0].tensors["x"]) and not is_functional(given[0]):
         with torch._C.DisableTorchFunctionSubclass():  # Dynamo asks for shapes alone
             return func(*args, **kwargs)
     if not is_functional(given[0]) and first is not None and len(given) == 1:
@@ -329,13 +333,13 @@ def _value(z: PendingLogits) -> Tensor:
     """The logits themselves. AOTAutograd's graph gets one product of each, and what is written to it stays."""
     if is_functional(z):
         return real(z)
-    x = z.inner["x"]
+    x = z.tensors["x"]
     rows = x.shape[:-1].numel()
-    deferred_read(rows, rows, z.inner["weight"].shape[0], z.spec.dtype.itemsize, pending=True)
+    deferred_read(rows, rows, z.tensors["weight"].shape[0], z.spec.dtype.itemsize, pending=True)
     return real(z)
 
 
-def _refuse_writes(func: Any, first: PendingLogits | None, kwargs: dict) -> None:
+def _refuse_writes(func: Any, first: PendingLogits | None, kwargs: dict[str, Any]) -> None:
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     in_place = in_place or name in _WRITES or (name == "__set__" and first is not None)

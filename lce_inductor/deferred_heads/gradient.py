@@ -17,48 +17,50 @@ class LogitsGradient(Tensor):
     for some raise an error.
     """
 
-    inner: dict[str, Tensor]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    tensors: dict[str, Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: dict[str, Tensor], size: Any, dtype: torch.dtype) -> LogitsGradient:
         device = next(iter(inner.values())).device
         self = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self.inner = inner
+        self.tensors = inner
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return list(self.inner), self.dtype
+        return list(self.tensors), self.dtype
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> LogitsGradient:
         return LogitsGradient(inner, size, dtype)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self.__dict__.get("inner", ()):
+        if name not in self.__dict__.get("tensors", ()):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self.inner[name]
+        return self.tensors[name]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first, *rest = args
         if func in (aten.add.Tensor, aten.add_.Tensor) and all(isinstance(g, LogitsGradient) for g in args):
             return _added(first, *rest)
         if func in _EACH and isinstance(first, LogitsGradient) and not any(isinstance(a, Tensor) for a in rest):
-            inner = {n: func(t, *rest, **kwargs) for n, t in first.inner.items()}
+            inner = {n: func(t, *rest, **kwargs) for n, t in first.tensors.items()}
             return LogitsGradient(inner, first.shape, first.dtype)
         if func is aten.isnan.default:  # detect_anomaly
-            return torch.stack([t.isnan().any() for t in first.inner.values()]).any()
+            return torch.stack([t.isnan().any() for t in first.tensors.values()]).any()
         raise RuntimeError(
             f"{func} asks for values of the gradient of logits under lce_inductor.defer(), which does not exist: their "
             "head gets those of its hidden states and weight. For hooks and functions that read or change it, "
             "logits.clone() before them makes the logits real, or defer(...).remove()"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"LogitsGradient(size={tuple(self.shape)}, of={list(self.inner)})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LogitsGradient(size={tuple(self.shape)}, of={list(self.tensors)})"
 
 
 # Linear in the gradient, so that it is the same of its parts.
@@ -69,7 +71,10 @@ _EACH = {
 
 
 def _added(a: LogitsGradient, b: LogitsGradient) -> LogitsGradient:
-    inner = {n: a.inner[n] + b.inner[n] if n in a.inner and n in b.inner else t for n, t in (b.inner | a.inner).items()}
+    inner = {
+        n: a.tensors[n] + b.tensors[n] if n in a.tensors and n in b.tensors else t
+        for n, t in (b.tensors | a.tensors).items()
+    }
     return LogitsGradient(inner, a.shape, a.dtype)
 
 

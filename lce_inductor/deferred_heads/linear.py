@@ -15,7 +15,7 @@ from .logits import Memory, PendingLogits, of_parts
 from .steps import Spec
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _Linear(module):
         return type(module).forward(module, *args, **kwargs)
@@ -28,7 +28,7 @@ class _Linear(TorchFunctionMode):
         super().__init__()
         self.module = module
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             out = _pending(self.module, *args, **kwargs)

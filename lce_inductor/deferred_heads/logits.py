@@ -60,7 +60,7 @@ class PendingLogits(Tensor):
             to, but for a scaling in place, and when read then through another view; when differentiated twice.
     """
 
-    inner: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     spec: Spec
     memory: Memory
     _writes: int
@@ -75,14 +75,14 @@ class PendingLogits(Tensor):
         self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtype, device=device)
         # Who looks for memory finds an exception, and not an address.
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self.inner, self.spec, self.memory = inner, spec, memory or Memory()
+        self.tensors, self.spec, self.memory = inner, spec, memory or Memory()
         self._writes = self.memory.writes
         self._versions = {n: None if t.is_inference() else t._version for n, t in inner.items()}
         self._steps = {n: Steps(t) for n, t in inner.items()}
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
-        return list(self.inner), self.spec
+        return list(self.tensors), self.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> PendingLogits:
@@ -90,29 +90,29 @@ class PendingLogits(Tensor):
 
     def __getattr__(self, name: str) -> Any:
         """x, weight, bias: this is also how a compiled function takes the logits apart, at each call."""
-        if name not in self.__dict__.get("inner", ()):
+        if name not in self.__dict__.get("tensors", ()):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "weight":
             self.check()
-        return self.inner[name]
+        return self.tensors[name]
 
     def _stable_hash_for_caching(self) -> str:
         """Key of these logits, as an input of a compiled function, in AOTAutograd's cache."""
-        layout = [(n, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype) for n, t in self.inner.items()]
+        layout = [(n, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype) for n, t in self.tensors.items()]
         return repr((tuple(self.shape), self.device, self.requires_grad, self.spec, layout))
 
     def __coerce_tangent_metadata__(self) -> LogitsGradient:
-        return LogitsGradient({n: torch.zeros_like(t) for n, t in self.inner.items()}, self.shape, self.dtype)
+        return LogitsGradient({n: torch.zeros_like(t) for n, t in self.tensors.items()}, self.shape, self.dtype)
 
     def check(self) -> None:
         """Raises if the parts are no longer those of the call."""
-        if traced(self.inner["x"]):
+        if traced(self.tensors["x"]):
             return
         if self._writes != self.memory.writes:
             raise RuntimeError(f"{START}, and were scaled in place through another view of them: {COPY}")
-        if any(t.numel() and not t.untyped_storage().nbytes() for t in self.inner.values()):
+        if any(t.numel() and not t.untyped_storage().nbytes() for t in self.tensors.values()):
             self.memory.restore()
-        for name, t in self.inner.items():
+        for name, t in self.tensors.items():
             version = None if t.is_inference() else t._version
             if t.numel() and not t.untyped_storage().nbytes():
                 raise RuntimeError(
@@ -124,7 +124,7 @@ class PendingLogits(Tensor):
                 raise RuntimeError(f"{START}; the {what} of their head changed since: {REMEDY}")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Dynamo looks into this, and sees the function that the user called.
         if torch.compiler.is_dynamo_compiling():
             with torch._C.DisableTorchFunctionSubclass():
@@ -134,7 +134,9 @@ class PendingLogits(Tensor):
         return call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below autograd: what a compiler asks, and a custom autograd function's forward."""
         kwargs = kwargs or {}
         z = args[0] if args and isinstance(args[0], PendingLogits) else None
@@ -158,14 +160,14 @@ class PendingLogits(Tensor):
 
     def alias(self) -> PendingLogits:
         """The same, as another tensor, which autograd knows nothing of."""
-        inner = {n: t.detach() for n, t in self.inner.items()}
+        inner = {n: t.detach() for n, t in self.tensors.items()}
         return PendingLogits(inner, self.spec, self.shape, self.stride(), self.memory)
 
     def _values(self) -> Tensor:
         self.check()
-        return compute(self.inner["x"], self.inner["weight"], self.inner.get("bias"), self.spec)
+        return compute(self.tensors["x"], self.tensors["weight"], self.tensors.get("bias"), self.spec)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # No values: a debugger that shows local variables must not allocate the logits.
         return f"PendingLogits(size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
@@ -178,7 +180,8 @@ def of_parts(
     needs = [grads and t is not None and t.requires_grad for t in (x, weight, bias)]
     spec = dataclasses.replace(spec, needs=(needs[0], needs[1], needs[2]))
     with torch.set_grad_enabled(grads):
-        return _Make.apply(x, weight, bias, spec, size, memory)  # type: ignore[no-untyped-call]
+        made: PendingLogits = _Make.apply(x, weight, bias, spec, size, memory)  # type: ignore[no-untyped-call]
+    return made
 
 
 def parts(z: PendingLogits) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -208,7 +211,7 @@ class _Make(torch.autograd.Function):
         if gradient is None:
             return (None,) * 6
         if isinstance(gradient, LogitsGradient):
-            found = [gradient.inner.get(n) for n in PARTS]
+            found = [gradient.tensors.get(n) for n in PARTS]
         else:  # of logits that somebody read below autograd's eyes: a custom autograd function
             if ctx.writes != ctx.memory.writes:
                 raise RuntimeError(f"{START}, and were scaled in place before they were read: {COPY}")
@@ -229,8 +232,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: PendingLogits) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.names, ctx.shape, ctx.dtype = list(z.inner), z.shape, z.dtype
-        found = tuple(t.detach() for t in z.inner.values())
+        ctx.names, ctx.shape, ctx.dtype = list(z.tensors), z.shape, z.dtype
+        found = tuple(t.detach() for t in z.tensors.values())
         # Of a checkpoint that made them without gradients it is known later which are wanted.
         needs = z.spec.needs if any(z.spec.needs) else (True,) * 3
         ctx.mark_non_differentiable(*(t for n, t in zip(needs, found, strict=False) if not n))
@@ -244,7 +247,7 @@ class _Split(torch.autograd.Function):
 
 def real(z: PendingLogits) -> Tensor:
     """The logits as a plain tensor, with a gradient as eager's. A graph that AOTAutograd traces gets one product."""
-    known = z.__dict__.setdefault("known", {}) if is_functional(z) else {}
+    known: dict[bool, Tensor] = z.__dict__.setdefault("known", {}) if is_functional(z) else {}
     grads = torch.is_grad_enabled()
     if grads not in known:
         known[grads] = compute(*parts(z), z.spec)
@@ -253,4 +256,4 @@ def real(z: PendingLogits) -> Tensor:
 
 def is_functional(z: PendingLogits) -> bool:
     """Is AOTAutograd tracing with these logits?"""
-    return isinstance(z.inner["x"], FunctionalTensor)
+    return isinstance(z.tensors["x"], FunctionalTensor)

@@ -63,7 +63,7 @@ def cross_entropy(z: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _run(_cross_entropy, z, *args, **kwargs)
 
 
-def of_rows(name: str, position: int = 0) -> Callable:
+def of_rows(name: str, position: int = 0) -> Callable[..., Any]:
     """A method of tensors that makes few numbers of each row, if its dimension (that argument) is the classes'."""
     func = _METHODS[name]
 

@@ -82,7 +82,7 @@ def _head_of(module: Any) -> nn.Module:
         raise TypeError(f"defer() takes a module, got {type(module).__name__}")
     module = getattr(module, "_orig_mod", module)
     find = getattr(module, "get_output_embeddings", None)
-    head = find() if callable(find) else module
+    head: nn.Module = find() if callable(find) else module
     # What computes a weight (weight_norm) is not what computes logits.
     children = [n for n, _ in head.named_children() if n != "parametrizations"] if isinstance(head, nn.Module) else [""]
     if children:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Step:
     """A key of STEPS, and the function's other arguments."""
 
     name: str
-    args: tuple = ()
+    args: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,12 +31,13 @@ class View:
     """A view of the logits, once they are computed; of those that the op returns, number `index`."""
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     index: int | None
 
     def __call__(self, z: Tensor) -> Tensor:
         out = self.func(z, *self.args)
-        return out if self.index is None else out[self.index]
+        view: Tensor = out if self.index is None else out[self.index]
+        return view
 
 
 def answer(func: Any, z: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,7 @@ def _clone(func: Any, z: DeferredLogits, **kwargs: Any) -> Any:
 
 
 def _view(func: Any, z: DeferredLogits, size: list[int]) -> Any:
-    x, rows, last = z.inner["x"], size[:-1], size[-1] if size else 0
+    x, rows, last = z.tensors["x"], size[:-1], size[-1] if size else 0
     keeps = last == z.shape[-1] or (last == -1 and math.prod(rows) * z.shape[-1] == z.numel())
     return z.derive(x.reshape([*rows, x.shape[-1]])) if keeps and x.numel() and z.numel() else NotImplemented
 
@@ -86,17 +87,17 @@ def _cast(func: Any, z: DeferredLogits, *, dtype: Any = None, device: Any = None
 
 def _index(func: Any, z: DeferredLogits, indices: list[Tensor | None]) -> Any:
     dims = sum(i.dim() if i is not None and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
-    return z.derive(func(z.inner["x"], indices), copied=True) if dims < z.dim() else NotImplemented
+    return z.derive(func(z.tensors["x"], indices), copied=True) if dims < z.dim() else NotImplemented
 
 
-def _rows(position: int) -> Callable:
+def _rows(position: int) -> Callable[..., Any]:
     """An operation along a dimension (its argument `position`) other than the vocabulary: applied to x."""
 
     def rule(func: Any, z: DeferredLogits, *args: Any) -> Any:
         dim, ndim = args[position] if len(args) > position else 0, z.dim() + (func is aten.unsqueeze.default)
         if not -ndim <= dim < ndim or dim % ndim == ndim - 1:
             return NotImplemented
-        out = func(z.inner["x"], *args)
+        out = func(z.tensors["x"], *args)
         return z.derive(out) if isinstance(out, Tensor) else [z.derive(x) for x in out]
 
     return rule
@@ -105,7 +106,7 @@ def _rows(position: int) -> Callable:
 def _reduce(func: Any, z: DeferredLogits, dim: Any = None, *args: Any) -> Any:
     """A reduction over the vocabulary, or a gather from it, on a chunk of rows at a time."""
     rows = max(1, CHUNK_BYTES // max(1, z.shape[-1] * z.element_size()))
-    if traced(z.inner["x"]) or z.numel() <= rows * z.shape[-1] or dim not in (-1, z.dim() - 1, [-1], [z.dim() - 1]):
+    if traced(z.tensors["x"]) or z.numel() <= rows * z.shape[-1] or dim not in (-1, z.dim() - 1, [-1], [z.dim() - 1]):
         return NotImplemented
     rest = [args] * math.ceil(z.numel() / (rows * z.shape[-1]))
     if func is aten.gather.default:
@@ -113,7 +114,7 @@ def _reduce(func: Any, z: DeferredLogits, dim: Any = None, *args: Any) -> Any:
             return NotImplemented
         rest = [(index,) for index in args[0].reshape(-1, args[0].shape[-1]).split(rows)]
     last = [-1] if isinstance(dim, list) else -1
-    x, head = z.inner["x"], z.head()
+    x, head = z.tensors["x"], z.head()
     pieces = x.reshape(-1, x.shape[-1]).split(rows)
     outs = [func(head(piece), last, *more) for piece, more in zip(pieces, rest, strict=True)]
 
@@ -123,13 +124,13 @@ def _reduce(func: Any, z: DeferredLogits, dim: Any = None, *args: Any) -> Any:
     return join(outs) if isinstance(outs[0], Tensor) else tuple(map(join, zip(*outs, strict=True)))
 
 
-_RULES: dict[Any, Callable] = {
+_RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.detach.default, aten.alias.default), _same),
     aten.clone.default: _clone,
     aten._to_copy.default: _cast,
 }
 
-_ROW_RULES: dict[Any, Callable] = {
+_ROW_RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     **dict.fromkeys((aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.unbind.int), _rows(0)),
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default), _rows(1)),

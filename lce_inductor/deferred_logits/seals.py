@@ -33,7 +33,8 @@ def seal(t: Tensor) -> Tensor:
         return t.clone()
     t = t if t.stride(1) == 1 or t.stride(0) != 1 else t.t()
     if t.device.type == "cpu":
-        return torch.ops.lce_inductor.row_sums.default(t)
+        sums: Tensor = torch.ops.lce_inductor.row_sums.default(t)
+        return sums
     if traced(t):
         return _sums(t)  # Inductor makes one pass over the weight of it
     return torch.cat([_sums(piece) for piece in t.split(_rows(t))])

@@ -99,13 +99,13 @@ class DeferredLogits(Tensor):
     """
 
     # Operations are handled below autograd, in __torch_dispatch__.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # x, weight, bias (or not), and for each of them (or not):
     # _owner  its base, if it is a view. A compiled graph returns an input as the same tensor, but a view of an input
     #         as one with a version counter of its own: so the base is what to ask for the version.
     # _seal   what its values were: see `seal`. Fused optimizers and writes through .data do not count versions.
-    inner: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     _versions: dict[str, int | None]
     _steps: dict[str, Steps]
     _returned: Tensor
@@ -120,14 +120,14 @@ class DeferredLogits(Tensor):
         self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtypes[-1], device=x.device)
         # Who looks for memory (share_memory_(), set_(), another tensor's .data) finds an exception, and not an address.
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self.inner, self.spec = inner, spec
+        self.tensors, self.spec = inner, spec
         names = [n for n in ("x", "weight", "bias") if n in inner]
         self._versions = versions or {n: _version(inner, n) for n in names}
         self._steps = steps or {n: Steps(inner[n]) for n in names}
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
-        return list(self.inner), self.spec
+        return list(self.tensors), self.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> DeferredLogits:
@@ -138,30 +138,30 @@ class DeferredLogits(Tensor):
 
     def __getattr__(self, name: str) -> Any:
         """x, weight, ...: this is also how a compiled function reads logits that it is given."""
-        if name not in self.__dict__.get("inner", ()):
+        if name not in self.__dict__.get("tensors", ()):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "weight":
             self._check()
-        return self.inner[name]
+        return self.tensors[name]
 
     def _stable_hash_for_caching(self) -> str:
         """Key of these logits, as an input of another compiled function, in AOTAutograd's cache."""
-        layout = [(n, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype) for n, t in self.inner.items()]
+        layout = [(n, tuple(t.shape), t.stride(), t.storage_offset(), t.dtype) for n, t in self.tensors.items()]
         return repr((tuple(self.shape), self.device, self.requires_grad, self.spec, layout))
 
     def _check(self, values: bool = True) -> None:
         """Raises if the parts are no longer those of the call. values: compare the seals, too (synchronises)."""
-        weight = self.inner["weight"]
+        weight = self.tensors["weight"]
         values = values and not traced(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         if values and weight.numel() and not weight.untyped_storage().nbytes():
             raise RuntimeError(f"{_START}, and their weight was freed since (FSDP?). Read them before, {_REMEDY}")
         for name, version in self._versions.items():
-            unchanged = _version(self.inner, name) == version and self._steps[name].none()
-            before = self.inner.get(f"{name}_seal")
+            unchanged = _version(self.tensors, name) == version and self._steps[name].none()
+            before = self.tensors.get(f"{name}_seal")
             if unchanged and values and before is not None:
-                owner = self.inner.get("x_owner", self.inner["x"])  # these may be some of its rows
+                owner = self.tensors.get("x_owner", self.tensors["x"])  # these may be some of its rows
                 with _disable_current_modes():  # Dynamo takes the real logits apart under a fake mode
-                    unchanged = same(_rows(owner) if name == "x" else self.inner[name], before)
+                    unchanged = same(_rows(owner) if name == "x" else self.tensors[name], before)
             if not unchanged:
                 raise RuntimeError(
                     f"{_START}, and the {'hidden states' if name == 'x' else name} of their head changed since. Read "
@@ -171,7 +171,7 @@ class DeferredLogits(Tensor):
     def derive(self, x: Tensor | None = None, copied: bool = False, **changes: Any) -> DeferredLogits:
         """The same head on other rows, x, or with another spec. copied: x shares no memory with these rows."""
         self._check(values=False)
-        inner, versions, steps = dict(self.inner), dict(self._versions), dict(self._steps)
+        inner, versions, steps = dict(self.tensors), dict(self._versions), dict(self._steps)
         if x is not None:
             inner["x"] = x
             if copied:
@@ -179,7 +179,7 @@ class DeferredLogits(Tensor):
                 inner.pop("x_seal", None)
                 versions["x"], steps["x"] = _version(inner, "x"), Steps(x)
             else:  # below autograd a view has a version counter of its own, too
-                inner.setdefault("x_owner", self.inner["x"])
+                inner.setdefault("x_owner", self.tensors["x"])
         like = changes.pop("like", None if x is not None else self)
         spec = dataclasses.replace(self.spec, requires_grad=False, **changes)
         return DeferredLogits(inner, spec, None if like is None else (like.shape, like.stride()), versions, steps)
@@ -187,10 +187,10 @@ class DeferredLogits(Tensor):
     def head(self) -> Callable[[Tensor], Tensor]:
         """The function from x to logits, once the parts are found to be unchanged."""
         self._check()
-        spec, steps, x = self.spec, parse(self.spec.epilogue), self.inner["x"]
-        weight, bias = self.inner["weight"].to(spec.compute_dtype), self.inner.get("bias")
+        spec, steps, x = self.spec, parse(self.spec.epilogue), self.tensors["x"]
+        weight, bias = self.tensors["weight"].to(spec.compute_dtype), self.tensors.get("bias")
         if not traced(x):
-            whole = self.inner.get("x_owner", x)  # these may be some of its rows
+            whole = self.tensors.get("x_owner", x)  # these may be some of its rows
             rows, hidden = x.shape[:-1].numel(), max(x.shape[-1], 1)
             itemsize = spec.dtypes[-1].itemsize
             deferred_read(whole.numel() // hidden, rows, weight.shape[0], itemsize, pending=spec.pending)
@@ -212,7 +212,7 @@ class DeferredLogits(Tensor):
         return logits
 
     def _compute(self) -> Tensor:
-        return functools.reduce(lambda z, view: view(z), self.spec.views, self.head()(self.inner["x"]))
+        return functools.reduce(lambda z, view: view(z), self.spec.views, self.head()(self.tensors["x"]))
 
     def _real(self) -> Tensor:
         """The logits as a plain tensor, behind the same barrier."""
@@ -220,13 +220,15 @@ class DeferredLogits(Tensor):
             return self.clone()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         z = args[0] if args and isinstance(args[0], DeferredLogits) else None
         if z is not None:
             out = answer(func, z, *args[1:], **kwargs)
             # Inside another compiled function all is real at once: if it is returned, its tangent is a plain tensor.
-            if isinstance(z.inner["x"], FunctionalTensor) and not keeps_values(func):
+            if isinstance(z.tensors["x"], FunctionalTensor) and not keeps_values(func):
                 out = tree_map_only(DeferredLogits, DeferredLogits._compute, out)
             if out is not NotImplemented:
                 return out
@@ -246,12 +248,12 @@ class DeferredLogits(Tensor):
         return self._real().__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if traced(self.inner["x"]):  # wanted for a cache key (torch 2.11 and 2.12)
+        if traced(self.tensors["x"]):  # wanted for a cache key (torch 2.11 and 2.12)
             return str, (self._stable_hash_for_caching(),)
         # Who unpickles eager's logits gets a leaf, too.
         return self._real().detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo: dict) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return memo.setdefault(id(self), self._real())
 
     def share_memory_(self) -> Any:
@@ -266,7 +268,7 @@ class DeferredLogits(Tensor):
     def retain_grad(self) -> None:
         raise RuntimeError(f"{_START}, and get no gradient: do without it, {_REMEDY}")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # No values: a debugger that shows local variables must not allocate the logits.
         return f"DeferredLogits(size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
@@ -277,24 +279,29 @@ def _version(inner: dict[str, Tensor], name: str) -> int | None:
 
 
 def _with_barrier(z: DeferredLogits) -> DeferredLogits:
-    if not z.spec.requires_grad or traced(z.inner["x"]):
+    if not z.spec.requires_grad or traced(z.tensors["x"]):
         return z
     with torch.enable_grad():
-        return _NoGradient.apply(z.requires_grad_())
+        marked: DeferredLogits = _NoGradient.apply(z.requires_grad_())  # type: ignore[no-untyped-call]
+    return marked
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x
 
 
-def _defer_logits(x, weight, bias, epilogue, compute_dtype, dtype, epilogue_after_cast=False, seal_x=False):
+def _defer_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, compute_dtype: torch.dtype, dtype: torch.dtype,
+    epilogue_after_cast: bool = False, seal_x: bool = False,
+) -> Tensor:  # fmt: skip
     parse(epilogue)
     given = {name: t for name, t in (("x", x), ("weight", weight), ("bias", bias)) if t is not None}
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
     inner = {name: t.detach() for name, t in given.items()}
     # x is cast here, in the graph, which fuses that into what computes x; the weight where it is read.
     inner["x"] = inner["x"].to(compute_dtype)
-    owners = {f"{n}_owner": t._base.detach() for n, t in given.items() if t._is_view() and t.dtype == inner[n].dtype}
+    alike = {n: t for n, t in given.items() if t.dtype == inner[n].dtype}
+    owners = {f"{n}_owner": t._base.detach() for n, t in alike.items() if t._base is not None}
     seals = {f"{n}_seal": seal(t) for n, t in inner.items() if n != "x"}
     if seal_x and x.dtype == compute_dtype:
         seals["x_seal"] = seal(_rows(owners.get("x_owner", inner["x"])))
@@ -323,7 +330,7 @@ the memory of x, and may write to it in ways that torch does not count.
 _WRITING_COLLECTIVES = {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "recv_", "recv_any_source_"}
 
 
-def _refuse_writes(func: Any, args: tuple, kwargs: dict) -> None:
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
     if func.namespace == "c10d" and func._schema.name.split("::")[1] in _WRITING_COLLECTIVES:

@@ -198,7 +198,7 @@ class Session:
             return callback
         if id(callback) not in self.recorders:
             fn, args, kwargs = (frame.f_locals.get(name) for name in ("fn", "args", "kwargs"))
-            recorder = self._recorder(Target(fn, backend), args or (), kwargs or {})  # type: ignore[arg-type]
+            recorder = self._recorder(Target(fn, backend), args or (), kwargs or {})
             self.recorders[id(callback)] = recorder, _optimize(recorder, None)
         context = self.recorders[id(callback)][1]
         if hasattr(context, "_isolate_recompiles_id"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, Node
 
 
@@ -14,7 +16,7 @@ class Backup:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.nodes: list[tuple[Node, tuple, dict]] = [(n, n.args, n.kwargs) for n in graph.nodes]
+        self.nodes: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = [(n, n.args, n.kwargs) for n in graph.nodes]
 
     def restore(self) -> None:
         there = {n for n, _, _ in self.nodes}

@@ -38,7 +38,7 @@ def simplify(graph: Graph) -> bool:
         elif node.target is aten.copy.default:
             returned = any(user.op == "output" for user in node.users)  # its strides may count
             if _stands_for(node.args[1], node) and not returned:
-                node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+                node.replace_all_uses_with(node.args[1])
                 changed = True
         elif node.target in _WRITES:
             before = _origin(node.args[0])

@@ -83,6 +83,18 @@ def numel_hint(shape: tuple[Any, ...]) -> int:
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n(?: {4}(?P<code>.+))?')
 
 
+def is_zero(node: Any) -> bool:
+    """A tensor of zeros, or the number."""
+    if not isinstance(node, Node):
+        return bool(node == 0)
+    if node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
+        return bool(node.args[-1] == 0)
+    if node.target in (aten.zeros.default, aten.zeros_like.default):
+        return True
+    kept = (aten.expand.default, aten.view.default, aten.alias.default, aten.clone.default)
+    return node.target in kept and is_zero(node.args[0])
+
+
 def source(node: Node | None) -> str:
     """The user's `file:line: code` for a node, or an empty string."""
     frames = list(_FRAME.finditer((node.meta.get("stack_trace") if node is not None else None) or ""))

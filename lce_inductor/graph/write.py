@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
+from torch.fx.experimental import _config as shape_config
 
 from .values import collectives
 
@@ -33,7 +34,7 @@ class Writer:
             node = self.graph.call_function(target, args, kwargs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with fake_mode((values, self._known)) as mode, no_symbols(mode):
-            node.meta["val"] = target(*values[0], **values[1])
+            node.meta["val"] = _evaluated(target, *values)
         if self.like is not None:
             keep = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "custom")
             node.meta.update({k: v for k, v in self.like.meta.items() if k in keep})
@@ -74,7 +75,7 @@ class Writer:
         if type(expr) not in ops and len(parts) < 2:
             raise ValueError(f"no node of the graph has the size {expr}")
         first, *rest = expr.args if type(expr) in ops else parts
-        out = self.size(first)
+        out: Node = self.size(first)
         for other in rest:
             right = self.size(other)
             values = [v.meta["val"] if isinstance(v, Node) else v for v in (out, right)]
@@ -92,6 +93,7 @@ class Writer:
 
 def find_size(graph: Graph, expr: Any, avoid: set[Node]) -> Node | tuple[Node, int] | None:
     """A node that is this size, or a tensor and its dimension of this size."""
+    node: Node
     for node in graph.nodes:
         value = node.meta.get("val")
         if node not in avoid and isinstance(value, torch.SymInt) and value.node.expr == expr:
@@ -151,8 +153,19 @@ def _expression(s: Any) -> Any:
     return s.node.expr if isinstance(s, torch.SymInt) else s
 
 
-def fake_mode(values: Any) -> Any:
-    """The fake mode of these values, or of the trace under way."""
+def _evaluated(target: Any, args: Any, kwargs: Any) -> Any:
+    """The value. Of a scatter into zeros torch asks, with a guard, whether their memory has a size below zero."""
+    if target in (aten.slice_scatter.default, aten.select_scatter.default):
+        return torch.empty_like(args[0])
+    return target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fake_mode(values: Any) -> Iterator[Any]:
+    """The fake mode of these values, or of the trace under way.
+
+    No size is asked whether it is 0 or 1, which would be a guard: what is written holds for all of them.
+    """
     from torch._guards import TracingContext, detect_fake_mode
 
     flat = torch.utils._pytree.tree_leaves(values)
@@ -160,7 +173,9 @@ def fake_mode(values: Any) -> Any:
     if mode is None:
         context = TracingContext.try_get()
         mode = context.fake_mode if context is not None else None
-    return mode if mode is not None else contextlib.nullcontext()
+    asks_nothing = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with asks_nothing, contextlib.nullcontext() if mode is None else mode:
+        yield mode
 
 
 def sort(graph: Graph) -> None:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | 
         return unpacked_stats(forward(packed(a, rows), stats, plan=plan), stats, rows, len(a.x))
     p = plan or _plan(request(a, stats, counts=needed is not None), a)
     with _device(a.x):
-        found = _module(p.algorithm).forward(a, stats, p, **_needed(p, needed))
+        found: Stats = _module(p.algorithm).forward(a, stats, p, **_needed(p, needed))
         _assert_targets(a, p)
     return found
 
@@ -60,7 +61,9 @@ def backward(
     if not _packs(p):
         lse = _read(lse, grads)
     with _device(a.x):
-        return _module(p.algorithm if p.classes is None else CLASSES).backward(a, lse, neg_entropy, grads, mask, p)
+        module = _module(p.algorithm if p.classes is None else CLASSES)
+        found: tuple[Tensor, Tensor, Tensor] = module.backward(a, lse, neg_entropy, grads, mask, p)
+    return found
 
 
 def with_grad(
@@ -76,9 +79,12 @@ def with_grad(
         return unpacked_stats(found, stats, rows, len(a.x)), unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
     p = plan or _plan(request(a, computed(stats, grads.bits()), grads, mask, counts=needed is not None), a)
     with _device(a.x):
-        found = _module(p.algorithm).with_grad(a, stats, grads, mask, wide, p, **_needed(p, needed))
+        module = _module(p.algorithm)
+        made: tuple[Stats, Tensor, Tensor, Tensor] = module.with_grad(
+            a, stats, grads, mask, wide, p, **_needed(p, needed)
+        )
         _assert_targets(a, p)
-    return found
+    return made
 
 
 def request(
@@ -152,7 +158,7 @@ def _assert_targets(a: HeadArgs, p: Plan) -> None:
         torch._assert_async(ok.all(), f"target out of bounds: must be in [0, {V})")
 
 
-def _device(t: Tensor) -> contextlib.AbstractContextManager:
+def _device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device, which need not be the tensor's."""
     here = not t.is_cuda or t.get_device() == torch._C._cuda_getDevice()
     return contextlib.nullcontext() if here else torch.cuda.device(t.device)

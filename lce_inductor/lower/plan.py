@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..kernels import hopper, nvrtc, tuning
+from ..kernels import hopper, hopper_source, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
 from ..spec.statistics import LSE, NEG_ENTROPY, SUM, TARGET
@@ -341,7 +341,7 @@ def products(n: int, H: int, V: int, dtype: torch.dtype, device: Device, policy:
     parts = hopper.parts_of_dx(n, H, V, device.clusters)
     dx = policy.dx_least_H <= H and library < policy.dx_library_full and parts.full >= policy.dx_full
     log.debug("dX of %d rows, H=%d V=%d: %s", n, H, V, f"ours in {parts.count} parts" if dx else "the library's")
-    return Products(dx=dx, dw=policy.dw_full * round_up(H, hopper.COLUMNS) <= H)
+    return Products(dx=dx, dw=policy.dw_full * round_up(H, hopper_source.COLUMNS) <= H)
 
 
 def _logits_with_lse(r: Request, device: Device, policy: ProductPolicy) -> bool:
@@ -409,7 +409,7 @@ def _blocks_of(r: Request, policy: Policy, cut: ChunkPlan, algorithm: str) -> Cl
 
 
 def _tile_columns(H: int, device: Device, algorithm: str) -> int:
-    return hopper.COLUMNS if algorithm == ANCHORED else tuning.tiles(device.capability, "logits", H).columns
+    return hopper_source.COLUMNS if algorithm == ANCHORED else tuning.tiles(device.capability, "logits", H).columns
 
 
 def _chunks_of_sums(r: Request, columns: int, policy: Policy) -> ChunkPlan:

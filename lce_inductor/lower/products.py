@@ -32,12 +32,12 @@ def logits_with_lse(z: Tensor, x: Tensor, weight: Tensor, row0: int, lse: Tensor
     """
     if not (aligned(x) and aligned(weight)):
         return False
-    from ..kernels import hopper, rows
+    from ..kernels import hopper, hopper_source, rows
 
     kernels = hopper.products(x.device, x.dtype)
     if kernels is None:
         return False
-    sums, maxima = z.new_empty(2, ceil_div(len(weight), hopper.COLUMNS), len(z), dtype=torch.float32)
+    sums, maxima = z.new_empty(2, ceil_div(len(weight), hopper_source.COLUMNS), len(z), dtype=torch.float32)
     hopper.launch_logits(kernels.logits, z, x, weight, row0, sums, maxima)
     rows.launch_lse(sums, maxima, lse)
     return True

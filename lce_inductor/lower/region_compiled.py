@@ -166,7 +166,7 @@ def _is_capturing(device: torch.device) -> bool:
 # -- from a program to code
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _compile(key: Key, n: int, any_rows: bool) -> _Code:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .sums import add_product
 _BLOCK, _LARGEST = 1 << 18, 1 << 21
 
 
-def guard(t: Tensor) -> contextlib.AbstractContextManager:
+def guard(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 

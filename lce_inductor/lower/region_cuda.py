@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .region_steps import Chunk, Values, step_by_step, with_code
 _BLOCK = 1 << 24
 
 
-def guard(t: Tensor) -> contextlib.AbstractContextManager:
+def guard(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device, which need not be the tensor's."""
     here = t.get_device() == torch._C._cuda_getDevice()
     return contextlib.nullcontext() if here else torch.cuda.device(t.device)

@@ -36,7 +36,7 @@ def _are_finite(a: HeadArgs) -> Tensor:
     bound = of_rows * of_classes.amax()
     if a.bias is not None:
         bound = bound + a.bias.to(bound.dtype).abs().amax()
-    small = bound < min(torch.finfo(a.x.dtype).max / 4, _LARGE)  # not so if it is NaN
+    small: Tensor = bound < min(torch.finfo(a.x.dtype).max / 4, _LARGE)  # not so if it is NaN
     # Every step of an epilogue is monotone, and so at its largest at one of the ends; or not defined at zero.
     small &= apply(a.epilogue, torch.stack([bound, -bound, bound * 0])).abs().amax(0) < _LARGE
     return small if a.class_weight is None else small & a.class_weight.isfinite().all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._inductor.virtualized import V
@@ -159,7 +159,7 @@ class Decision:
         """What was to be rewritten stays as it is, for a reason that showed only then."""
         for node in [n for region in self.chosen for n in region.heads]:
             head = self.heads[node]
-            kept = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
+            kept: dict[str, Any] = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
             self.heads[node] = dataclasses.replace(Head.of(node), refusal=refuse(code, node), **kept)
         self.chosen = []
 
@@ -374,7 +374,8 @@ def scheduled(decision: Decision, found: dict[Node, Scheduled]) -> None:
         if head.request is not None:
             given = dict(zip((a.name for a in head.ops[0].target._schema.arguments), head.ops[0].args))  # type: ignore[union-attr]
             rows = size_hint(given["x"].meta["val"].shape[0])  # type: ignore[union-attr]
-            asked = head.request._replace(N=rows, chunk_tokens=given["chunk_tokens"])
+            chunk_tokens: Any = given["chunk_tokens"]
+            asked = head.request._replace(N=rows, chunk_tokens=chunk_tokens)
             if head.gradients == "recompute" and any(op.target is ops.row_stats_backward.default for op in head.ops):
                 asked = asked._replace(stats=0, recompute=True)
             head.plan = planned(asked, torch.device(head.device))
@@ -395,12 +396,12 @@ def _together(node: Node, heads: dict[Node, Head]) -> list[Node]:
 
 def _request(made: list[Node]) -> Request:
     """What the kernels are asked for; of several calls, the first."""
-    return request_of(
-        *(
-            next((n for n in made if n.target is op), None)
-            for op in (ops.row_stats.default, ops.row_stats_backward.default)
-        )
+    forward, backward = (
+        next((n for n in made if n.target is op), None)
+        for op in (ops.row_stats.default, ops.row_stats_backward.default)
     )
+    assert forward is not None
+    return request_of(forward, backward)
 
 
 def steps_of(made: list[Node]) -> int:

@@ -101,7 +101,7 @@ def at(dim: Any, rank: int) -> int:
 
 def pointwise(node: Node) -> Fact:
     m = rank(node)
-    found = []
+    found: list[tuple[Node, Map]] = []
     for arg in node.all_input_nodes:
         shape = shape_of(arg)
         if shape is None:

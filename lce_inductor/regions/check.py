@@ -6,6 +6,7 @@ are described by their definition (spec/epilogue.py and the formula in fused.py)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ class _Numbers:
         return whole
 
 
-_CALLS = {
+_CALLS: dict[str, Callable[..., Tensor]] = {
     "exp": torch.exp,
     "log": torch.log,
     "abs": torch.abs,

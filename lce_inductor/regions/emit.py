@@ -69,7 +69,8 @@ class Emitter(Steps):
         """A sum over rows of a wide node."""
         label, value = self.labels.of[wide], node.meta["val"]
         ref = self.value(wide, label.tags, label.space)
-        dims = [d % len(label.tags) for d in node.args[1]]  # type: ignore[union-attr]
+        over: Any = node.args[1]
+        dims = [d % len(label.tags) for d in over]
         here = [position(label.tags, d) for d in dims if label.tags[d] != ROW]
         if here:
             ref = self._step(aten.sum.dim_IntList, (ref, here), {"dtype": value.dtype})
@@ -121,7 +122,7 @@ class Emitter(Steps):
         )
         results = tuple(r._replace(value=final(r.value)) for r in self.results)
         found = only(Program(tuple(self.kinds), steps, results), range(len(results)))
-        named = (s._replace(op="getitem" if s.op is operator.getitem else name_of(s.op)) for s in found.steps)
+        named = (s._replace(op=_named(s.op)) for s in found.steps)
         return dataclasses.replace(found, steps=tuple(named))
 
     # -- values
@@ -231,13 +232,13 @@ class Emitter(Steps):
                 raise Crossing("rows and classes are mixed by a view")
             return [(node.args[0], before)]  # type: ignore[list-item]
         if found.kind == "getitem":
-            source = node.args[0]
+            source: Any = node.args[0]
             if len(shape_of(source) or ()) != len(tags):
                 raise Crossing("an item of another rank")
-            if source.target is aten.unbind.int:  # type: ignore[union-attr]
+            if source.target is aten.unbind.int:
                 x, dim = _unbound(source)
                 return [(x, tags[:dim] + LOCAL + tags[dim:])]
-            return [(source, tags)]  # type: ignore[list-item]
+            return [(source, tags)]
         wanted = operand_tags(node, found, tags)
         for (arg, here), (_, dims) in zip(wanted, found.operands):
             order = [dims[d] for d, t in enumerate(here) if t == ROW]
@@ -259,10 +260,11 @@ class Emitter(Steps):
             ref = self.value(source, before, home)
             return ref if ref is None else self._local_view(ref, before, shape_of(source), tags, shape_of(node))
         if found.kind == "getitem":
+            given: Any = node.args[0]
             ((source, before),) = wanted
             ref = self.value(source, before, home)
-            if ref is not None and node.args[0].target is aten.unbind.int:  # type: ignore[union-attr]
-                place = position(before, _unbound(node.args[0])[1])
+            if ref is not None and given.target is aten.unbind.int:
+                place = position(before, _unbound(given)[1])
                 return self._step(aten.select.int, (ref, place, node.args[1]), {})
             return None if ref is None else self._step(operator.getitem, (ref, node.args[1]), {})
         refs: list[Any] = []
@@ -353,3 +355,8 @@ class Emitter(Steps):
 def _unbound(node: Node) -> tuple[Node, int]:
     x, dim = bound(node).values()
     return x, at(dim, len(shape_of(x) or ()))
+
+
+def _named(op: Any) -> str:
+    """An op as programs name it."""
+    return "getitem" if op is operator.getitem else name_of(op)

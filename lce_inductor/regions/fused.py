@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -295,11 +296,12 @@ def is_wide(value: Any) -> bool:
     return isinstance(value, (Wide, Elem, Class, Equal))
 
 
-_STEPS: dict[Any, Any] = {}
+Rule = Callable[[Evaluate, list[Any], dict[str, Any]], Any]
+_STEPS: dict[Any, Rule] = {}
 
 
-def step(*targets: Any) -> Any:
-    def register(fn: Any) -> Any:
+def step(*targets: Any) -> Callable[[Rule], Rule]:
+    def register(fn: Rule) -> Rule:
         for t in targets:
             _STEPS[t] = fn
         return fn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -11,10 +13,11 @@ from .tags import same_size, shape_of
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(node: Node) -> Fact:
-    x, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    x: Any = node.args[0]
+    indices: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     m, given = rank(x), [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x):
-        return Fact([(x, [0, None]), (given[1][1], [0])], kind="pick")  # type: ignore[list-item]
+        return Fact([(x, [0, None]), (given[1][1], [0])], kind="pick")
     if len(given) != 1:
         raise Crossing("an index along several dimensions")
     d, i = given[0]
@@ -22,7 +25,7 @@ def index(node: Node) -> Fact:
         raise Crossing("a mask of another number of results")
     k = rank(i)
     mapped: Map = [None if e == d else e if e < d else e + k - 1 for e in range(m)]
-    return Fact([(x, mapped), (i, [d + e for e in range(k)])], kind="index")  # type: ignore[list-item]
+    return Fact([(x, mapped), (i, [d + e for e in range(k)])], kind="index")
 
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
@@ -35,7 +38,7 @@ def index_put(node: Node) -> Fact:
         same: Map = list(range(m))
         return Fact([(x, same), (indices[0], same), (values, [])], kind="masked")
     if len(given) == 2 and m == 2 and given[0][0] == 0 and counts_rows(given[0][1], x) and few <= 1:
-        return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0] if few else [])], kind="put")  # type: ignore[list-item]
+        return Fact([(x, [0, None]), (given[1][1], [0]), (values, [0] if few else [])], kind="put")
     if len(given) != 1 or (few and (few != m or rank(given[0][1]) != 1)):
         raise Crossing("values put along several dimensions")
     d, i = given[0]

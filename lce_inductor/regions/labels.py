@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import alive, dependents, is_collective, size_hint
+from ..graph.values import alive, dependents, is_collective, is_zero, size_hint
 from . import collectives, index_ops  # noqa: F401  (register their facts)
 from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
-from .zeros import is_zero, keeps_zeros
+from .zeros import keeps_zeros
 
 aten = torch.ops.aten
 
@@ -234,9 +234,10 @@ class Labels:
         if node.target in (aten.sum.default, aten.mean.default):
             return "total"
         if node.target is aten.sum.dim_IntList:
-            if not node.args[1]:
+            over: Any = node.args[1]
+            if not over:
                 return "total"
-            dims = {d % len(label.tags) for d in node.args[1]}  # type: ignore[union-attr]
+            dims = {d % len(label.tags) for d in over}
             if all(d in dims for d, t in enumerate(label.tags) if t == ROW):
                 return "total" if all(d in dims for d, t in enumerate(label.tags) if t == LOCAL) else "sum"
         return None
@@ -382,7 +383,7 @@ class Labels:
         else:
             return None
         whole = node.target is aten.slice_scatter.default and source in self.of
-        if whole and all(map(same_size, shape_of(node) or (), shape_of(source) or ())):  # type: ignore[arg-type]
+        if whole and all(map(same_size, shape_of(node) or (), shape_of(source) or ())):
             self.passes[node] = [source]  # type: ignore[list-item]
             return self.of[source]  # type: ignore[index]
         if args != [source] or not is_zero(base):
@@ -422,10 +423,11 @@ class Labels:
                 cut = ((aten.slice.Tensor, (nth, start, start + length, 1)), (aten.select.int, (nth, start)))
                 inner = product(rows[1:])
                 flat = (start * inner, (start + length) * inner) if nth == 0 else None
+                move_target, move_args = cut[label.tags[dim] == ONE]
                 moves = (
                     m
                     for m in label.space.find().found_from
-                    if m.same_as(*cut[label.tags[dim] == ONE], rows=rows)
+                    if m.same_as(move_target, move_args, rows)
                     or (flat is not None and flat == m.range() and same_size(m.before.find().count, product(rows)))
                 )
                 move = next((m for m in moves if first is None or m.before.find() is first), None)
@@ -440,10 +442,11 @@ class Labels:
     def _tags_put_back(self, node: Node, label: Label, shape: tuple[Any, ...]) -> str | None:
         """Tags of the tensor into which rows are put, if it is rows that are put there."""
         if node.target is aten.slice_scatter.default:
-            dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-            return label.tags if label.tags[dim % len(shape)] == ROW else None  # type: ignore[operator]
+            over: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+            return label.tags if label.tags[over % len(shape)] == ROW else None
         if node.target is aten.select_scatter.default:
-            dim = node.args[2] % len(shape)  # type: ignore[operator]
+            over = node.args[2]
+            dim = over % len(shape)
             tags = label.tags[:dim] + ROW + label.tags[dim:]
             # a class that is selected leaves [rows, ...] too: a move that fits decides
             fits = any(m.target is aten.select.int for m in label.space.find().found_from)

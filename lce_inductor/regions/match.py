@@ -162,7 +162,7 @@ class Matcher:
         sources = {node for _, e, _ in self.programs for node, _ in e.given["logits"]}
         if len(sources) != 1:
             raise NotFused("several heads")
-        source = sources.pop()
+        source: Node = sources.pop()
         bias = Head.of(source).bias
         shape = shape_of(bias) if bias is not None else None
         if shape is not None and (len(shape) != 1 or is_one(shape[0])):
@@ -405,8 +405,8 @@ def _matrix(node: Any, turned: bool = False) -> tuple[Node, bool]:
     """A matrix behind its transpositions and views, and whether it is turned."""
     while isinstance(node, Node):
         if (
-            node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [0, 2, 1])
-        ) or node.target is aten.t.default:  # type: ignore[arg-type]
+            node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [0, 2, 1])  # type: ignore[arg-type]
+        ) or node.target is aten.t.default:
             node, turned = node.args[0], not turned
         elif node.target in (aten.alias.default, aten.detach.default):
             node = node.args[0]

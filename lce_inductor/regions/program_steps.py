@@ -39,10 +39,10 @@ class Steps:
         self.given: dict[str, list[Any]] = {"logits": [], "rows": [], "whole": []}
         self.sizes: list[Any] = []
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-        self._inputs: dict[Any, Any] = {}
+        self._inputs: dict[Any, Ref] = {}
 
-    def _op(self, node: Node, found: Any, wanted: list[tuple[Node, str]], refs: list[Any], tags: str) -> Ref:
-        at_node = {}
+    def _op(self, node: Node, found: Any, wanted: list[tuple[Node, str]], refs: list[Any], tags: str) -> Any:
+        at_node: dict[Node, Any] = {}
         plain = not found.dims
         for (arg, here), ref in zip(wanted, refs):
             if plain and ROW in here and len(here) < len(tags):  # broadcasting counts dimensions from the right
@@ -67,7 +67,7 @@ class Steps:
         if target is aten._to_copy.default:
             target, kwargs = torch.ops.prims.convert_element_type.default, {}
             args = [args[0], node.meta["val"].dtype]
-            if at_node[node.args[0]] is None:
+            if at_node[wanted[0][0]] is None:
                 raise Crossing("nothing to cast")
         return self._step(
             target, self._filled_in(args, at_node), {k: self._filled_in(v, at_node) for k, v in kwargs.items()}
@@ -123,8 +123,8 @@ class Steps:
     def _wrapped(self, index: Ref, classes: Any) -> Ref:
         """Indices of which negative ones count from the end: unlike those of gather."""
         if 0 <= index.index < len(self.kinds) and self.kinds[index.index] == "rows":
-            given = self.given["rows"][self._index_of(index)]
-            return self._input(*("rows", *given[:4]), classes=classes)
+            node, tags, home, expanded, _ = self.given["rows"][self._index_of(index)]
+            return self._input("rows", node, tags, home, expanded, classes)
         below = self._step(aten.lt.Scalar, (index, 0), {})
         return self._step(
             aten.where.self, (below, self._step(aten.add.Tensor, (index, self._size(classes)), {}), index), {}

@@ -9,6 +9,7 @@ linear layer works row by row, so the move is made with x instead, and a gradien
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ def backward_move(node: Node, moved: str) -> tuple[Any, tuple[Any, ...]] | None:
     return None
 
 
-def apply(move: Move, call: Any, value: Node, locals_: list[Any]) -> Node:
+def apply(move: Move, call: Callable[..., Any], value: Any, locals_: list[Any]) -> Any:
     """The move with a tensor [rows of before, *locals_], written by `call`; the result is [rows of after, *locals_]."""
     x = call(aten.reshape.default, value, [*move.rows, *locals_])
     if move.target is aten.index.Tensor:
@@ -254,7 +255,7 @@ def apply(move: Move, call: Any, value: Node, locals_: list[Any]) -> Node:
     return x if len(move.rows_after) == 1 else call(aten.reshape.default, x, [move.after.find().count, *locals_])
 
 
-def adjoint(move: Move, call: Any, value: Node, locals_: list[Any]) -> Node:
+def adjoint(move: Move, call: Callable[..., Any], value: Any, locals_: list[Any]) -> Any:
     """The adjoint with a tensor [rows of after, *locals_]: zeros where no row came from."""
     v, count = value.meta["val"], move.before.find().count
     rows = list(move.rows)

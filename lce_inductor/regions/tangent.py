@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.values import is_zero
 from .aten_ops import FMA, Crossing
 from .labels import Labels
 from .tags import is_one, shape_of
-from .zeros import is_zero
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -81,7 +81,7 @@ class Tangent:
         if target is aten.pow.Tensor_Scalar and args[1] == 1:
             return [args[0]]  # type: ignore[list-item]
         if target is aten.cat.default and all(self._on(a) or is_zero(a) for a in args[0]):  # type: ignore[union-attr]
-            return [a for a in args[0] if self._on(a)]  # type: ignore[union-attr]
+            return [a for a in args[0] if self._on(a)]  # type: ignore[union-attr,misc]
         if target is operator.getitem:
             return [args[0]]  # type: ignore[list-item]
         if target is FMA and FMA is not None:  # a * b + c

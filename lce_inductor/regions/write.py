@@ -77,6 +77,7 @@ def _reached(graph: Graph, found: set[Node]) -> set[Node]:
 
 def before_writes(graph: Graph) -> Node:
     """Where new nodes may stand: before what changes inputs in place, which AOTAutograd puts at the end."""
+    node: Node
     for node in graph.nodes:
         target = node.target
         if node.op == "output" or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):

@@ -160,7 +160,7 @@ class _Stats:
             out = call(aten.expand.default, call(aten.reshape.default, out, [1]), [self.space.find().count])
         return out
 
-    def _selected(self, masks: list[Any], term: Any, c: float) -> Node:
+    def _selected(self, masks: list[Any], term: Any, c: float) -> Any:
         """c * term where all conditions hold, else zero."""
         call = self.writer.call
         if term is None:

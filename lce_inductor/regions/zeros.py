@@ -1,11 +1,11 @@
-"""Tensors of zeros, and what keeps rows of zeros as they are."""
+"""What keeps rows of zeros as they are."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Node
+
+from ..graph.values import is_zero
 
 aten = torch.ops.aten
 
@@ -30,15 +30,3 @@ def keeps_zeros(node: Node, arg: Node) -> bool:
     if node.target is aten.index_put.default:
         return node.args[2] is arg and is_zero(node.args[0])
     return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or bool(node.args[2] == 0))
-
-
-def is_zero(node: Any) -> bool:
-    """A tensor of zeros, or the number."""
-    if not isinstance(node, Node):
-        return bool(node == 0)
-    if node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
-        return bool(node.args[-1] == 0)
-    if node.target in (aten.zeros.default, aten.zeros_like.default):
-        return True
-    same = (aten.expand.default, aten.view.default, aten.alias.default, aten.clone.default)
-    return node.target in same and is_zero(node.args[0])

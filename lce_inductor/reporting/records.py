@@ -199,7 +199,7 @@ def _is_large(record: HeadRecord, config: Any) -> bool:
 
 def attach(name: str, data: Any) -> None:
     """Attach JSON-ready data to torch's structured trace (TORCH_TRACE)."""
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: data)
 

@@ -16,9 +16,11 @@ from .products import is_product
 
 autocast_mode = torch.amp.autocast_mode
 
-SET_GRAD = torch._C._set_grad_enabled
+SET_GRAD: Any = torch._C._set_grad_enabled
+ENTER: Any
+EXIT: Any
 ENTER, EXIT = autocast_mode._enter_autocast, autocast_mode._exit_autocast
-MODES = {SET_GRAD, ENTER, EXIT}
+MODES: set[Any] = {SET_GRAD, ENTER, EXIT}
 
 
 class NotDeferred(Exception):

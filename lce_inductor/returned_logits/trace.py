@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..graph.simplify import simplify
 from ..graph.values import info
 from .products import attribute
 from .tail import ENTER, EXIT, NotDeferred, Tail
@@ -162,8 +163,9 @@ def _finished(module: GraphModule, inputs: list[Node], outputs: list[Node], cand
     placeholders = graph.find_nodes(op="placeholder")
     for i, node in enumerate(placeholders[len(inputs) :]):
         node.target = f"tangents_{i + 1}"
+    simplify(graph)  # as the joint graph's pass will
     (end,) = graph.find_nodes(op="output")
     (results,) = end.args
-    detached = {n: r for n, r in zip(outputs, results) if n in candidates}  # type: ignore[call-overload]
+    detached = {n: r for n, r in zip(outputs, results) if n in candidates}
     graph.eliminate_dead_code()
     return Joint(module, graph, dict(zip(placeholders, inputs)), detached)

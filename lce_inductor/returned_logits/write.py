@@ -62,7 +62,8 @@ class Parts:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Writes a node, unless it is a view to the same shape."""
         if target is aten.reshape.default and _same_sizes(shape_of(args[0]) or (), args[1]):
-            return args[0]
+            same: Node = args[0]
+            return same
         return self.writer.call(target, *args, **kwargs)
 
     def _x(self, x: Node, labels: Labels, value: Value, node: Node, rows: list[Any]) -> Node:

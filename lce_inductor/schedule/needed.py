@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import same
-from .tangents import HEAD_ARGS, LSE_ARG, ROW_GRADIENTS, dependents, is_size, is_zero
+from ..graph.values import dependents, is_zero, same
+from .tangents import HEAD_ARGS, LSE_ARG, ROW_GRADIENTS, is_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -201,7 +201,7 @@ class _Walk:
 
     def _takes_all(self, node: Node) -> bool:
         """Is that the only entry along a dimension?"""
-        return node.target is aten.select.int and same(node.args[0].meta["val"].shape[node.args[1]], 1)  # type: ignore[union-attr,index]
+        return node.target is aten.select.int and same(node.args[0].meta["val"].shape[node.args[1]], 1)  # type: ignore[union-attr]
 
     def _puts_all(self, node: Node) -> bool:
         return node.target is aten.select_scatter.default and same(node.meta["val"].shape[node.args[2]], 1)
@@ -230,9 +230,9 @@ class _Walk:
         if value.target is aten.expand.default:
             return self._nonzero(args[0], like)
         if value.target in _RESHAPES or self._takes_all(value):
-            return self._nonzero(args[0], args[0])  # type: ignore[arg-type]
+            return self._nonzero(args[0], args[0])
         if self._puts_all(value):
-            return self._nonzero(args[1], args[1])  # type: ignore[arg-type]
+            return self._nonzero(args[1], args[1])
         return ALL
 
     def _condition(self, node: Node, like: Node | None = None) -> tuple[Where, Where, Where]:

@@ -22,11 +22,11 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.cuts import uncut
-from ..graph.values import alive, dependents, equal_values, is_collective, numel_hint, same
+from ..graph.values import alive, dependents, equal_values, is_collective, is_zero, numel_hint, same
 from ..ops import row_region as _ops  # noqa: F401  (registers the op)
 from ..spec.program import parse
 from ..spec.statistics import STATISTICS, RowGrads
-from .tangents import LINEAR, SCATTER, is_zero
+from .tangents import LINEAR, SCATTER
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -209,7 +209,7 @@ def _steps(chain: list[tuple[Node, Node]]) -> tuple[list[tuple[Any, ...]], list[
         for a in node.args:
             while isinstance(a, Node) and a.target is ops.once.default:
                 named.append(a)
-                a = a.args[0]  # type: ignore[assignment]
+                a = a.args[0]
             args.append(_HERE if a is before else a)
         steps.append((node.target, args, sorted(node.kwargs.items())))
     return steps, named
@@ -219,8 +219,8 @@ def _order(node: Node) -> list[int]:
     rank = node.meta["val"].dim()
     order = list(range(rank))
     if node.target is aten.permute.default:
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
-    a, b = (0, rank - 1) if node.target is aten.t.default else (d % rank for d in node.args[1:])  # type: ignore[operator]
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr]
+    a, b = (0, rank - 1) if node.target is aten.t.default else (d % rank for d in node.args[1:])
     order[a], order[b] = order[b], order[a]
     return order
 

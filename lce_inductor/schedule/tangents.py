@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import dependents, is_collective
+from ..graph.values import dependents, is_collective, is_zero
 from ..ops.schema import ROW_STATS, ROW_STATS_BACKWARD
 from ..spec.statistics import GRADIENTS
 
@@ -324,11 +324,3 @@ class _Evaluate:
 def is_size(node: Node) -> bool:
     """Is the value a size rather than a tensor?"""
     return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
-
-def is_zero(node: Any) -> bool:
-    """Is that a number, or a tensor full of a number, that is zero?"""
-    if not isinstance(node, Node):
-        return bool(node == 0)
-    constant = node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
-    return constant and bool(node.args[-1] == 0)

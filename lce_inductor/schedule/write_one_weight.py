@@ -79,7 +79,7 @@ def _together(call: Any, parts: Sequence[Node | None]) -> Node | None:
         return call(aten.cat.default, list(parts))  # type: ignore[no-any-return]
     rest = parts[0].meta["val"].shape[1:]
     flat = whole.meta["val"].dim() == len(rest) + 1
-    return whole if flat else call(aten.reshape.default, whole, [-1, *rest])  # type: ignore[no-any-return]
+    return whole if flat else call(aten.reshape.default, whole, [-1, *rest])
 
 
 def _one_sum(result: Node, i: int, calls: list[Call]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Step = tuple  # (name, *constants)
+Step = tuple[Any, ...]  # (name, *constants)
 Steps = tuple[Step, ...]
 
 
@@ -105,7 +105,7 @@ def apply_with_slope(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor | float | 
 def affine_slope(steps: Steps) -> float:
     """f' of an affine epilogue."""
     slopes = ((STEPS[name].slope, c) for name, *c in steps)
-    return math.prod(slope(None, None, *c) for slope, c in slopes if slope is not None)
+    return float(math.prod(slope(None, None, *c) for slope, c in slopes if slope is not None))
 
 
 def flatten(steps: Steps) -> tuple[float, ...]:
