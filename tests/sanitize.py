@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import counting_cases
 import rows_cases
 from rows_cases import ALL, ALWAYS_OURS, GRADS, Case, Planned
 
@@ -68,6 +69,10 @@ def main() -> None:
             for case in ANCHORED_CASES:
                 run(case, LSE | TARGET | SUM, Planned(algorithm, device, ALWAYS_OURS))
             ran.append(f"{algorithm}: {len(ANCHORED_CASES)} cases")
+        counts = counting_cases.COUNTS if device.hopper else []
+        for count in counts:
+            counting_cases.check(Planned(ANCHORED, device, ALWAYS_OURS), counting_cases.SMALL, count, "cuda", 1.25)
+        ran.append(f"rows that count, packed: {len(counts)} cases")
     print("\n".join(ran))
 
 
