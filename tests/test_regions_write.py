@@ -475,3 +475,16 @@ def test_an_ignored_label_outside_the_vocabulary_beside_masked_classes(installed
 
     compiled = check_against_eager(loss, (x, w, y))
     assert compiled.counts["rewritten"] == 1 and compiled.largest < N * V
+
+
+def test_a_number_that_is_expanded_to_rows_of_several_dimensions(installed):
+    """masked_mean of torch's own samples (seed 51001): one number with a dimension for each of the logits'."""
+
+    def fn(x, w, mask, scale):
+        z = F.linear(x.view(4, N // 4, 1, -1), w).log_softmax(-1)
+        return (torch.where(mask, z, 0.0) * scale.view(1, 1, 1, 1).expand(z.shape)).sum() / mask.sum()
+
+    x, w, _ = head()
+    mask = torch.rand(4, N // 4, 1, V, generator=torch.Generator().manual_seed(0)) > 0.3
+    compiled = check_against_eager(fn, [x, w, mask, torch.tensor(1.7)])
+    assert compiled.counts["rewritten"] == 1

@@ -49,10 +49,8 @@ class Steps:
                 padded = aligned(here, len(tags))
                 sizes = [1] * (len(tags) - len(here)) + list(shape_of(arg) or ())
                 ref = self._reshaped(ref, padded, local_sizes(padded, tuple(sizes)))
-            elif plain and ROW not in here:  # rows are one dimension here, and the first
-                ahead = len(tags) - len(here)
-                kept = [s for d, s in enumerate(shape_of(arg) or ()) if tags[ahead + d] != ROW]
-                ref = self._reshaped(ref, here, kept) if len(kept) < len(here) else ref
+            elif plain and ROW not in here:
+                ref = self._beside_rows(ref, here, shape_of(arg) or (), tags)
             at_node[arg] = ref
         dims = moved_dims(found, node, wanted)
         args = [dims.get(i, a) for i, a in enumerate(node.args)]
@@ -93,6 +91,12 @@ class Steps:
         sizes = ([Rows()] if ROW in tags else []) + [self._size(s) for s in local_sizes(tags, shape_of(node) or ())]
         return self._step(aten.full.default, (sizes, fill), {"dtype": node.meta["val"].dtype})
 
+    def _beside_rows(self, ref: Any, here: str, shape: Any, tags: str) -> Any:
+        """What is the same for all rows, as it is broadcast to them: they are one dimension in a program, and the first."""
+        ahead = len(tags) - len(here)
+        kept = [s for d, s in enumerate(shape) if tags[ahead + d] != ROW]
+        return self._reshaped(ref, here, kept) if len(kept) < len(here) else ref
+
     def _local_view(self, ref: Ref, before: str, old: Any, after: str, new: Any) -> Ref:
         p, q = local_sizes(before, old or ()), local_sizes(after, new or ())
         return ref if p == q else self._reshaped(ref, after, q)
@@ -115,6 +119,8 @@ class Steps:
         p, q = local_sizes(aligned(before, len(after)), (1,) * (len(new) - len(old)) + old), local_sizes(after, new)
         if ROW in before and len(before) < len(after):
             ref = self._reshaped(ref, aligned(before, len(after)), p)
+        if ROW not in before:
+            ref = self._beside_rows(ref, before, old, after)
         if p == q and (ROW in before) == (ROW in after):
             return ref
         rows = [Rows()] if ROW in after else []
