@@ -33,6 +33,29 @@ def run(a: Arguments) -> list[Tensor]:
         return _run(a, device_of(a)).finished()  # the chunks' memory is free by then
 
 
+def fits(a: Arguments) -> None:
+    """Raise what `run` would raise for arguments like these, fake ones with sizes that are numbers: every step of the
+    program is taken for two rows, computing nothing, and its results are compared with what it says of them."""
+    check(a)
+    if not a.N:
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = _metas(a, _inputs(a, _logits(a, 2), slice(0, 2)))
+    values = propagate(a.text, 2, inputs, a.sizes, a.first.device)
+    for k, result in enumerate(a.program.results):
+        found = list(values[result.value.index].shape)
+        if result.kind in ("row", "sum"):
+            wanted = [2, *a.size(result.sizes)]
+            same = torch.broadcast_shapes(found, wanted) == tuple(wanted)
+        else:  # a factor of a product
+            wanted = [2, a.matrices[result.other].shape[0] if result.kind == "dx" else a.size(result.sizes)[0]]
+            same = found == wanted
+        if not same:
+            raise RuntimeError(
+                f"program: of two rows, result {k} of kind {result.kind!r} must be {wanted}, got {found}"
+            )
+
+
 def prepare(a: Arguments) -> bool:
     """Compile what `run` will need for arguments like these, fake ones with sizes that are numbers, ahead of the first
     call. False where nothing is compiled, because nothing has to be or it failed."""

@@ -9,13 +9,14 @@ lower/region_arguments.py; the work is done in lower/.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..lower.region import fits, run
 from ..lower.region import prepare as ahead
-from ..lower.region import run
 from ..lower.region_arguments import Arguments, check_devices
 from ..spec.program import Sym, parse
 
@@ -47,6 +48,23 @@ def prepare(*args: Any) -> bool:
 
     False where nothing is compiled: not on this device, a size is not known, or it failed.
     """
+    found = _by_hints(args)
+    return found is not None and ahead(found)
+
+
+def dry_run(*args: Any) -> None:
+    """Raise now what a call with arguments like these would raise, if its program does not fit together.
+
+    For that pass, too: what has been written is taken back while nobody has seen it. Nothing is done where a size is
+    not known.
+    """
+    found = _by_hints(args)
+    if found is not None:
+        fits(found)
+
+
+def _by_hints(args: Sequence[Any]) -> Arguments | None:
+    """Fakes of the arguments with numbers for sizes; None if one is not known."""
     from torch._subclasses import FakeTensorMode
 
     found = []
@@ -55,8 +73,8 @@ def prepare(*args: Any) -> bool:
             try:
                 found.append(_with_hints(arg))
             except ValueError:
-                return False
-    return ahead(_arguments(*found))
+                return None
+    return _arguments(*found)
 
 
 def _with_hints(value: Any) -> Any:

@@ -92,7 +92,7 @@ class Steps:
         return self._step(aten.full.default, (sizes, fill), {"dtype": node.meta["val"].dtype})
 
     def _beside_rows(self, ref: Any, here: str, shape: Any, tags: str) -> Any:
-        """What is the same for all rows, as it is broadcast to them: they are one dimension in a program, and the first."""
+        """What is the same for all rows, as it is broadcast to them: they are one dimension here, and the first."""
         ahead = len(tags) - len(here)
         kept = [s for d, s in enumerate(shape) if tags[ahead + d] != ROW]
         return self._reshaped(ref, here, kept) if len(kept) < len(here) else ref

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph import second_derivative as second
 from ..graph.write import Writer
+from ..ops.row_region import dry_run
 from .aten_ops import Crossing
 from .heads import Head, tangents_of
 from .labels import Labels
@@ -123,11 +124,13 @@ def _call(
     ]
     whole = [now(what[0]) for what in emitter.given["whole"]]
     matrices = [two(writer, now(m)) for m in emitter.matrices]
-    return writer.call(
+    op = writer.call(
         torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights,
         [b for b in biases if b is not None], [b is not None for b in biases], given, whole, matrices,
-        list(emitter.sizes), program,        config.chunk_tokens or 0, config.workspace_bytes,
+        list(emitter.sizes), program, config.chunk_tokens or 0, config.workspace_bytes,
     )  # fmt: skip
+    dry_run(*torch.fx.map_arg(op.args, lambda n: n.meta["val"]))
+    return op
 
 
 def two(writer: Writer, node: Node) -> Node:
