@@ -13,6 +13,7 @@ from harness import (
     V,
     assert_same_bits,
     check_graph,
+    decided,
     fresh,
     head,
     inference_graph,
@@ -54,7 +55,6 @@ CASES: dict[str, dict[str, Fn]] = {
     },
     "one-row": {
         "of many": lambda x, w, y: F.cross_entropy(F.linear(x, w)[3], y[3]),
-        "alone": lambda x, w, y: F.cross_entropy(F.linear(x[3], w), y[3]),
     },
     "crossing": {
         "a slice of one": lambda x, w, y: F.cross_entropy(F.linear(x, w)[-1:], y[-1:]),
@@ -223,6 +223,11 @@ FORMER = [(code, name) for code, found in EITHER.items() for name in found]
 
 def settings(code: str) -> dict[str, int]:
     return {"min_logits_bytes": N * V * 4 + 1 if code == "too-small" else 0}
+
+
+def test_a_single_row_is_no_head_and_is_told():
+    found = decided(joint_graph(lambda x, w, y: F.cross_entropy(F.linear(x[3], w), y[3]), *head()))
+    assert not found.heads and [s.refusal.reason.code for s in found.strays] == ["one-row"]
 
 
 @pytest.mark.parametrize("code, name", NAMES)

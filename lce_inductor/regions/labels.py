@@ -339,7 +339,9 @@ class Labels:
 
     def _moved(self, node: Node, label: Label, target: Any, args: tuple[Any, ...], tags: str) -> Label:
         if ROW not in tags:
-            raise Crossing("a single row of many", "one-row")
+            # What is only written over is not read.
+            read = any(u.target is not aten.copy.default or u.args[0] is not node for u in node.users)
+            raise Crossing("a single row of many", "one-row" if read else "crossing")
         shape = shape_of(node) or ()
         whole = shape_of(node.args[0].args[0] if node.target is operator.getitem else node.args[0]) or ()  # type: ignore[union-attr]
         rows = row_sizes(label.tags, whole)
