@@ -21,7 +21,7 @@ from ..deferred_logits.seals import traced
 from ..deferred_logits.tensor import DeferredLogits
 from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
-from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, of_parts, parts, real
+from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, kept, of_parts, parts, real
 from .loss import cross_entropy, of_rows
 from .steps import Step, compute_classes
 
@@ -316,7 +316,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if traced(given[0].tensors["x"]) and not is_functional(given[0]):
         with torch._C.DisableTorchFunctionSubclass():  # Dynamo asks for shapes alone
             return func(*args, **kwargs)
-    if not is_functional(given[0]) and first is not None and len(given) == 1:
+    # Log-probabilities that were read once are there, and a number of a row costs no product any more.
+    if not is_functional(given[0]) and first is not None and len(given) == 1 and kept(first) is None:
         rule = _RULES.get(func) or (None if first.spec.moved else _ROW_RULES.get(func))
         out = NotImplemented if rule is None else rule(first, *args[1:], **kwargs)
         if out is not NotImplemented:
@@ -331,7 +332,8 @@ def _read(values: Any) -> Any:
 
 def _value(z: PendingLogits) -> Tensor:
     """The logits themselves. AOTAutograd's graph gets one product of each, and what is written to it stays."""
-    if is_functional(z):
+    z.check()
+    if is_functional(z) or kept(z) is not None:
         return real(z)
     x = z.tensors["x"]
     rows = x.shape[:-1].numel()
