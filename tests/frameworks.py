@@ -1,18 +1,22 @@
 """Runs frameworks' own training code, tiny, with and without the package: python tests/frameworks.py [NAME ...]
 
 NAME: a part of a case's name. --write FILE: put the rows into its table. The frameworks are no dependencies of the
-tests; a case whose framework is not installed is left out. Each case has a process of its own.
+tests; a case whose framework is not installed is left out, or not cloned below $FRAMEWORKS, if it is no package. Each
+case has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import importlib.metadata
 import json
 import logging
+import multiprocessing
+import os
 import pkgutil
-import subprocess
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -39,30 +43,26 @@ def cases() -> dict[str, Case]:
     return measure.CASES
 
 
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def measured(name: str, codegen: bool, verbose: bool) -> dict[str, Any]:
-    """What a case measured, in another process: frameworks leave their state everywhere."""
+    """What a case measured, in a copy of this process: frameworks leave their state everywhere."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--one", name, "--json", str(path), *["--codegen"] * codegen]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        path, log = Path(folder) / "row.json", Path(folder) / "log"
+        process = multiprocessing.get_context("fork").Process(target=one, args=(name, codegen, path, log))
+        process.start()
+        process.join()
         if verbose or not path.exists():
-            print(done.stdout)
+            print(log.read_text())
         return json.loads(path.read_text()) if path.exists() else {"name": name, "error": "the process died"}
 
 
-def one(name: str, codegen: bool) -> dict[str, Any]:
+def one(name: str, codegen: bool, path: Path, log: Path) -> None:
     from frameworks import measure
 
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     logging.getLogger("torch.__trace").propagate = False
-    return measure.compare(cases()[name], interpret=not codegen)
+    path.write_text(json.dumps(measure.compare(cases()[name], interpret=not codegen)))
 
 
 # -- the table
@@ -115,7 +115,11 @@ def write(path: Path, rows: list[str]) -> None:
     old, _, after = rest.partition(END)
     known = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
     known |= {line.split("|")[1].strip(): line for line in rows}
-    lines = [*HEADER, *(known[name] for name in cases() if name in known)]
+    today = datetime.date.today()
+    caption = (
+        f"{today:%B %Y}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}, on a CPU."
+    )
+    lines = [caption, "", *HEADER, *(known[name] for name in cases() if name in known)]
     path.write_text("\n".join([before + BEGIN, *lines, END + after]))
 
 
@@ -125,19 +129,16 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--codegen", action="store_true", help="with Inductor's code generation: ten times as slow")
     parser.add_argument("--verbose", action="store_true", help="what the frameworks print, and the package's report")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        options.json.write_text(json.dumps(one(options.one, options.codegen)))
-        return
     print("\n".join(HEADER))
     bad = []
     for name, case in cases().items():
         if options.names and not any(part.lower() in name.lower() for part in options.names):
             continue
-        if missing := [p for p in case.packages if not is_installed(p)]:
-            print(f"{name}: without {', '.join(missing)}, left out")
+        try:
+            case.versions()
+        except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as missing:
+            print(f"{name}: left out, {missing}")
             continue
         row = measured(name, options.codegen, options.verbose)
         if options.verbose:

@@ -7,6 +7,8 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
+import os
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -16,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.compile_fx  # once, before a process is copied for each case
 from corpus.harness import GraphRecord, no_codegen_backend
 from oracle import cheap
 from torch import Tensor, nn
@@ -38,7 +41,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of norms: two correct
 class Case:
     """A program of a framework's. line: what a user adds to it, besides install(). note: what the table says of it.
 
-    dtype: of its logits. logits: their elements.
+    dtype: of its logits. logits: their elements. source: a repository that is no package, owner/name.
     """
 
     name: str
@@ -48,12 +51,29 @@ class Case:
     note: str = ""
     dtype: torch.dtype = torch.float32
     logits: int = BATCH * T * V
+    source: str = ""
+
+    def versions(self) -> dict[str, str]:
+        """Of what it runs. Raises: PackageNotFoundError or FileNotFoundError for what is not here."""
+        found = {p: importlib.metadata.version(p) for p in ("torch", *self.packages)}
+        if self.source:
+            command = ["git", "-C", str(source_folder(self.source)), "rev-parse", "--short=8", "HEAD"]
+            found[self.source] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return found
+
+
+def source_folder(source: str) -> Path:
+    """Where a repository was cloned to: below $FRAMEWORKS."""
+    folder = Path(os.environ.get("FRAMEWORKS", "frameworks")) / source.rpartition("/")[2]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}, cloned to {folder}")
+    return folder
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, packages: str, **more: Any) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
+def case(name: str, packages: str = "", **more: Any) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     def register(run: Callable[[Run], None]) -> Callable[[Run], None]:
         CASES[name] = Case(name, run, tuple(packages.split()), **more)
         return run
@@ -220,7 +240,7 @@ def compare(case: Case, interpret: bool) -> dict[str, Any]:
         "name": case.name,
         "line": case.line,
         "note": case.note,
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", *case.packages)},
+        "versions": case.versions(),
         "error": ours.error or (plain.error and f"without the package: {plain.error}"),
         "steps": len(ours.losses),
         "loss": difference(ours.losses, plain.losses),

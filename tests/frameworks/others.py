@@ -156,6 +156,9 @@ def sentence_transformer() -> Any:
     return SentenceTransformer(modules=[inner, models.Pooling(H)], device="cpu")
 
 
+PAIRS = 512  # so that similarities are larger than what the encoder makes
+
+
 def negatives(run: Run, compile: bool) -> None:
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
@@ -164,17 +167,17 @@ def negatives(run: Run, compile: bool) -> None:
     if compile:
         run.compiled(loss)
     g = torch.Generator().manual_seed(1)
-    pairs = [[f"w{i} w{j}" for i, j in torch.randint(0, 50, (128, 2), generator=g).tolist()] for _ in range(2)]
+    pairs = [[f"w{i} w{j}" for i, j in torch.randint(0, 50, (PAIRS, 2), generator=g).tolist()] for _ in range(2)]
     features = [model.tokenize(texts) for texts in pairs]
     for _ in range(2):
-        run.step(loss([dict(f) for f in features], torch.zeros(128)), model)
+        run.step(loss([dict(f) for f in features], torch.zeros(PAIRS)), model)
 
 
 @case(
     "sentence-transformers MultipleNegativesRankingLoss",
     "sentence-transformers",
     line="loss.compile()",
-    logits=128 * 128,
+    logits=PAIRS * PAIRS,
 )
 def negatives_compiled(run: Run) -> None:
     negatives(run, compile=True)
