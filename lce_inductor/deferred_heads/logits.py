@@ -247,14 +247,11 @@ class _Split(torch.autograd.Function):
 
 
 def real(z: PendingLogits) -> Tensor:
-    """The logits as a plain tensor, with a gradient as eager's. A graph that AOTAutograd traces gets one product.
-
-    So do log-probabilities: a loss that reads them does so several times, and autograd keeps them anyway.
-    """
+    """The logits as a plain tensor, with a gradient as eager's. A graph that AOTAutograd traces gets one product."""
     found = kept(z)
     if found is None:
         found = compute(*parts(z), z.spec)
-        if is_functional(z) or z.spec.normalized:
+        if is_functional(z) or z.spec.kept:
             z.__dict__.setdefault("kept", {})[_mode()] = found
     return found
 
