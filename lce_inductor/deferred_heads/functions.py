@@ -335,7 +335,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*_read(args), **_read(kwargs))
 
 
-def _view_later(z: PendingLogits, func: Any, args: tuple, kwargs: dict) -> Any:
+def _view_later(z: PendingLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A view of all logits waits: a write to it has to be refused, and would be lost in one of values read for it."""
     if any(isinstance(a, Tensor) for a in tree_iter((args, kwargs))):
         return NotImplemented
@@ -357,7 +357,7 @@ def _view_later(z: PendingLogits, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _read(values: Any) -> Any:

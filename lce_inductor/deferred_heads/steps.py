@@ -30,13 +30,14 @@ class View:
     results which. Compile caches pickle it."""
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     index: int | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         out = getattr(z, self.func) if isinstance(self.func, str) else self.func(z, *self.args, **self.kwargs)
-        return out if self.index is None else out[self.index]
+        view: Tensor = out if self.index is None else out[self.index]
+        return view
 
     def __hash__(self) -> int:  # slices have none
         return hash((self.func, self.index, repr(self.args)))

@@ -76,8 +76,8 @@ class Head:
     one of them only a guess? losses: the lines of what reads the logits as a loss does. backward: products of the
     logits' gradient. returned: are they returned as logits are, so that a loss outside could read them? tier: "kernels"
     or "region"; steps: of its program (0: the kernels have none); products: of a training step. ops: what computes it
-    now. request, plan: of the kernels' call, of that for the gradients where there are two. for_memory: where that is no
-    empty word, see Alternative.
+    now. request, plan: of the kernels' call, of that for the gradients where there are two. for_memory: where that is
+    no empty word, see Alternative.
     """
 
     node: Node
