@@ -112,6 +112,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "cross entropy": lambda z: F.cross_entropy(z.view(-1, V), torch.arange(B * T)),
     "sum": lambda z: z.sum(),
     "inner": lambda z: z.inner(torch.ones(2, V)),
+    "mean": lambda z: z[:, 1:].mean(dtype=torch.float64),
     "add": lambda z: 1 + z,
     "zeros_like": torch.zeros_like,
     "new_zeros": lambda z: z.new_zeros(2, 3),

@@ -104,7 +104,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["argmax", "max", "amax", "logsumexp", "gather"])
+@pytest.mark.parametrize("name", ["argmax", "max", "amax", "logsumexp", "gather", "sum", "mean"])
 def test_reductions_hold_one_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deferred_rules, "CHUNK_BYTES", 4 * V * 4)
     z, *_ = pair()

@@ -157,3 +157,79 @@ def test_a_helper_of_unknown_sizes() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     (record,) = lce_inductor.report().records
     assert record.rewritten
+
+
+def jensen_shannon(z: Tensor, teacher: Tensor) -> Tensor:
+    """TRL's generalized_jsd_loss."""
+    ours, theirs = F.log_softmax(z / 0.9, dim=-1), F.log_softmax(teacher / 0.9, dim=-1)
+    mixture = torch.logsumexp(torch.stack([ours, theirs]), dim=0)
+    found = F.kl_div(mixture, theirs, reduction="none", log_target=True)
+    return (found + F.kl_div(mixture, ours, reduction="none", log_target=True)).mean()
+
+
+def test_log_probabilities_are_computed_once() -> None:
+    """A divergence reads those of student and teacher twice each: one product of each head, and eager's gradients."""
+    teacher = nn.Linear(H, V, dtype=torch.float64).requires_grad_(False)
+    known = torch.randn(B, T, H, dtype=torch.float64)
+    lce_inductor.defer(teacher)
+    ours, plain = both(lambda z, y: jensen_shannon(z, teacher(known)))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    # The teacher's are pending in eager's way, too.
+    assert sum(reads.products for reads in lce_inductor.report().reads) == 3
+
+
+def test_numbers_of_log_probabilities_that_are_there() -> None:
+    """Behind a read, gather and sum compile nothing; in another grad mode they are read anew."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        p = z.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(p.exp() * p).sum()
+        return -(p.exp() * p).sum() - selected(p, y).sum() + p[..., :9].sum() + entropy
+
+    ours, plain = both(loss)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    report = lce_inductor.report()
+    assert sum(reads.count for reads in report.reads) == 2 and not report.records
+
+
+def test_kept_log_probabilities_are_not_those_of_another_step() -> None:
+    head, x = nn.Linear(H, V), torch.randn(T, H)
+    lce_inductor.defer(head)
+    log_probs = head(x).log_softmax(-1)
+    assert log_probs.exp().sum(-1).allclose(torch.ones(T))
+    with torch.no_grad():
+        head.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="weight of their head changed since"):
+        log_probs.exp()
+
+
+def test_reports_name_the_line_that_calls_a_loss() -> None:
+    """And not the one of the package that compiles it."""
+    head, y = nn.Linear(H, V), torch.randint(0, V, (T,))
+    lce_inductor.defer(head)
+    nn.CrossEntropyLoss()(head(torch.randn(T, H)), y)  # the first line
+    head(torch.randn(T, H)).logsumexp(-1).sum().backward()  # the second line
+    first, second = lce_inductor.report().records
+    for record, line in ((first, "the first line"), (second, "the second line")):
+        assert record.rewritten
+        for source in (record.source, *record.losses):
+            assert source.startswith(__file__) and source.endswith(line), source
+
+
+def test_errors_of_metrics_name_what_helps_there() -> None:
+    """Detached logits of a head under defer() are deferred as a compiled model's; install() has no setting for them."""
+    head = nn.Linear(H, V)
+    lce_inductor.defer(head)
+    found = head(torch.randn(T, H)).detach()
+    errors = [lambda: found.data_ptr(), lambda: found.add_(1), lambda: found.share_memory_(), lambda: found.sum()]
+    with torch.no_grad():
+        head.weight.add_(1)
+    for call in errors:
+        with pytest.raises(
+            RuntimeError, match=r"a head under lce_inductor\.defer.*defer\(\.\.\.\)\.remove\(\)"
+        ) as error:
+            call()
+        assert "returned" not in str(error.value)

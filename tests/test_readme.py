@@ -98,6 +98,7 @@ def test_python_blocks() -> None:
 
 def test_every_command_is_known() -> None:
     kinds = ("pip install .", "python3 -m venv", "python -m lce_inductor.bench", 'TORCH_LOGS="+lce_inductor" python')
+    kinds += ("python tests/frameworks.py",)
     assert COMMANDS and all(c.startswith(kinds) for c in COMMANDS), COMMANDS
 
 
@@ -118,7 +119,8 @@ def test_benchmark_takes_these_flags(command: str) -> None:
     module, *flags = shlex.split(command)[2:]
     parser = {"lce_inductor.bench": _parser, "lce_inductor.bench.models": models_parser}[module]()
     assert parser.parse_args(flags) is not None
-    for flag in set(re.findall(r"`(--[a-z-]+)", PAGES)):
+    benchmarks = "\n".join([README, *(page for name, page in DOCS.items() if name != "frameworks.md")])
+    for flag in set(re.findall(r"`(--[a-z-]+)", benchmarks)):
         assert flag in _parser().format_help(), flag
 
 

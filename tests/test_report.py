@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus.harness import GraphRecord, no_codegen_backend
 from harness import Compiled, N, V, head, inference_graph, joint_graph, products
 from torch._dynamo.utils import counters
 
@@ -18,6 +19,7 @@ import lce_inductor
 from lce_inductor import Config, regions
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.reasons import REASONS
+from lce_inductor.reporting import history
 from lce_inductor.reporting import records as report
 
 
@@ -107,6 +109,50 @@ def test_logits_that_exist_all_the_same():
     report.publish([record], Config(min_logits_bytes=0))
     assert counters["lce_inductor.heads"]["held_bytes"] == N * V * 4
     assert "saved_bytes" not in counters["lce_inductor.heads"]
+
+
+def selected(z, y):
+    return z.gather(1, y.clamp(min=0)[:, None])
+
+
+@pytest.mark.parametrize("read, held, count", {
+    "gather": (selected, True, 3),
+    "two of a row": (lambda z, y: z[:, [0, 5]], True, 3),
+    "gather, squared": (lambda z, y: selected(z, y).square().mean(), False, 3),
+    "gather of log_softmax": (lambda z, y: selected(z.log_softmax(1), y), False, 4),
+    "logsumexp": (lambda z, y: z.logsumexp(1), False, 4),
+}.values())  # fmt: skip
+def test_a_gradient_of_the_logits_size_is_told(read, held, count, installed, monkeypatch):
+    """The gradient of a gather reads no logits, so that nothing computes it by chunks: the graph has it whole."""
+    graphs: list[GraphRecord] = []
+    backend = no_codegen_backend(graphs)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **options: backend(gm, inputs))
+    history.forget()
+    x, w, y = head()
+    torch.compile(lambda x, w, y: read(F.linear(x, w), y))(x, w, y).square().sum().backward()
+    whole = lce_inductor.report()
+    (record,) = whole.records
+    assert max(g.largest for g in graphs) == N * V if held else max(g.largest for g in graphs) < N * V
+    assert record.rewritten and record.gradient_held == held and record.saved != held
+    assert (whole.saved_bytes, whole.held_bytes) == ((0, N * V * 4) if held else (N * V * 4, 0))
+    assert record.products == count
+    assert ("but a gradient of their size does" in record.lines()[0]) == held
+    assert ("a gradient held" in str(whole)) == held
+
+
+def test_the_gradient_of_a_head_that_is_left_alone_is_not_the_others():
+    """Two heads share a weight; what is left in the graph is told of the one that is left alone."""
+
+    def fn(x, w, y):
+        return F.cross_entropy(F.linear(x, w), y) + F.linear(x * 2, w).cumsum(0).logsumexp(1).sum()
+
+    graph = joint_graph(fn, *head()).graph
+    decision = regions.decide(graph, Config(min_logits_bytes=0))
+    rewritten, alone = decision.heads.values()
+    assert rewritten.refusal is None and alone.refusal is not None
+    existing = set(graph.nodes) - {rewritten.node, *(n for n in rewritten.backward if n not in alone.backward)}
+    found = report.records_of(decision, Config(), existing)
+    assert [r.gradient_held for r in found] == [False, False] and found[0].saved
 
 
 def test_a_refused_head(lines):

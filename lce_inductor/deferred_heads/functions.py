@@ -15,15 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from ..deferred_logits.seals import traced
 from ..deferred_logits.tensor import DeferredLogits
 from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
-from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, of_parts, parts, real
+from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, kept, of_parts, parts, real
 from .loss import cross_entropy, of_rows
-from .steps import Step, compute_classes
+from .steps import Step, View, compute_classes
 
 T = torch.Tensor
 
@@ -268,6 +269,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     T.half: lambda z: _cast(z, torch.float16),
     T.bfloat16: lambda z: _cast(z, torch.bfloat16),
     T.to: _to,
+    T.cpu: lambda z, **kwargs: _to(z, "cpu", **kwargs),
     **dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), _scale("mul")),
     **dict.fromkeys(_named("div", "divide", "true_divide", "__truediv__"), _scale("div")),
     **dict.fromkeys(_named("mul_", "multiply_", "__imul__"), _scale_in_place("mul")),
@@ -297,8 +299,11 @@ _OTHER_TENSORS = {"T", "mT", "H", "mH", "real", "imag", "data"}
 def _asks(func: Any) -> bool:
     if func in _KNOWN:
         return True
-    attribute = getattr(func, "__self__", None)
-    return getattr(func, "__name__", "") == "__get__" and getattr(attribute, "__name__", "") not in _OTHER_TENSORS
+    return _is_attribute(func) and getattr(func.__self__, "__name__", "") not in _OTHER_TENSORS
+
+
+def _is_attribute(func: Any) -> bool:
+    return getattr(func, "__name__", "") == "__get__" and hasattr(func, "__self__")
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,13 +321,43 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if traced(given[0].tensors["x"]) and not is_functional(given[0]):
         with torch._C.DisableTorchFunctionSubclass():  # Dynamo asks for shapes alone
             return func(*args, **kwargs)
-    if not is_functional(given[0]) and first is not None and len(given) == 1:
+    # Log-probabilities that were read once are there, and a number of a row costs no product any more.
+    if not is_functional(given[0]) and first is not None and len(given) == 1 and kept(first) is None:
         rule = _RULES.get(func) or (None if first.spec.moved else _ROW_RULES.get(func))
         out = NotImplemented if rule is None else rule(first, *args[1:], **kwargs)
         if out is not NotImplemented:
             return out
     _refuse_writes(func, first, kwargs)
+    if not is_functional(given[0]) and first is not None and len(given) == 1:
+        views = _view_later(first, func, args[1:], kwargs)
+        if views is not NotImplemented:
+            return views
     return func(*_read(args), **_read(kwargs))
+
+
+def _view_later(z: PendingLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A view of all logits waits: a write to it has to be refused, and would be lost in one of values read for it."""
+    if any(isinstance(a, Tensor) for a in tree_iter((args, kwargs))):
+        return NotImplemented
+    try:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # nobody's business
+            shapes = torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device="meta")
+            found = func(shapes, *args, **kwargs)
+    except Exception:  # eager's error, or values that nobody has
+        return NotImplemented
+    several = isinstance(found, tuple | list)
+    outs = list(found) if several else [found]
+    if not outs or not all(isinstance(o, Tensor) and o.dtype == z.dtype and _shares(o, shapes) for o in outs):
+        return NotImplemented
+    if _is_attribute(func):
+        func, args = func.__self__.__name__, ()
+    views = [View(func, args, kwargs, n if several else None) for n in range(len(outs))]
+    made = [_wait(z, "view", view, size=o.shape) for view, o in zip(views, outs)]
+    return type(found)(made) if several else made[0]
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _read(values: Any) -> Any:
@@ -331,7 +366,8 @@ def _read(values: Any) -> Any:
 
 def _value(z: PendingLogits) -> Tensor:
     """The logits themselves. AOTAutograd's graph gets one product of each, and what is written to it stays."""
-    if is_functional(z):
+    z.check()
+    if is_functional(z) or kept(z) is not None:
         return real(z)
     x = z.tensors["x"]
     rows = x.shape[:-1].numel()

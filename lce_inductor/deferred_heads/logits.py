@@ -157,6 +157,7 @@ class PendingLogits(Tensor):
         self.spec = dataclasses.replace(self.spec, steps=(*self.spec.steps, step))
         self.memory.writes += 1
         self._writes = self.memory.writes
+        self.__dict__.pop("kept", None)
 
     def alias(self) -> PendingLogits:
         """The same, as another tensor, which autograd knows nothing of."""
@@ -247,11 +248,22 @@ class _Split(torch.autograd.Function):
 
 def real(z: PendingLogits) -> Tensor:
     """The logits as a plain tensor, with a gradient as eager's. A graph that AOTAutograd traces gets one product."""
-    known: dict[bool, Tensor] = z.__dict__.setdefault("known", {}) if is_functional(z) else {}
-    grads = torch.is_grad_enabled()
-    if grads not in known:
-        known[grads] = compute(*parts(z), z.spec)
-    return known[grads]
+    found = kept(z)
+    if found is None:
+        found = compute(*parts(z), z.spec)
+        if is_functional(z) or z.spec.kept:
+            z.__dict__.setdefault("kept", {})[_mode()] = found
+    return found
+
+
+def kept(z: PendingLogits) -> Tensor | None:
+    """What real() gave, if it was kept."""
+    values: dict[tuple[bool, bool], Tensor] = z.__dict__.get("kept", {})
+    return values.get(_mode())
+
+
+def _mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def is_functional(z: PendingLogits) -> bool:

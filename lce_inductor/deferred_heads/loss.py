@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from ..graph.values import WRAPPERS
+
+WRAPPERS.add(__file__)  # reports name the line that called what is compiled here
+
 
 class _Inside(threading.local):
     """Is the compiled function running? Where Dynamo gives up, it calls what it was to compile."""

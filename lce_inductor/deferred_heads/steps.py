@@ -20,7 +20,27 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "log_softmax": lambda z, dtype: torch.log_softmax(z, -1, dtype=dtype),
     "classes": lambda z, start, stop: z[..., start:stop],
     "permute": torch.permute,
+    "view": lambda z, view: view(z),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A view of the logits, once they are computed: torch's function, or the name of an attribute, and of several
+    results which. Compile caches pickle it."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        out = getattr(z, self.func) if isinstance(self.func, str) else self.func(z, *self.args, **self.kwargs)
+        view: Tensor = out if self.index is None else out[self.index]
+        return view
+
+    def __hash__(self) -> int:  # slices have none
+        return hash((self.func, self.index, repr(self.args)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +66,14 @@ class Spec:
 
     @property
     def moved(self) -> bool:
-        """Are the classes no longer in the last dimension?"""
-        return any(step.name == "permute" for step in self.steps)
+        """Are the classes no longer in the last dimension, all of a row?"""
+        return any(step.name in ("permute", "view") for step in self.steps)
+
+    @property
+    def kept(self) -> bool:
+        """Are the logits kept once they are computed? Log-probabilities, which losses read several times and autograd
+        keeps anyway; and views that eager code would have computed where it made them."""
+        return self.normalized or any(step.name == "view" for step in self.steps)
 
     @property
     def normalized(self) -> bool:

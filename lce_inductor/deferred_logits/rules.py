@@ -124,6 +124,18 @@ def _reduce(func: Any, z: DeferredLogits, dim: Any = None, *args: Any) -> Any:
     return join(outs) if isinstance(outs[0], Tensor) else tuple(map(join, zip(*outs, strict=True)))
 
 
+def _total(func: Any, z: DeferredLogits, *, dtype: torch.dtype | None = None) -> Any:
+    """The sum or the mean of all of them, as metrics ask for, on a chunk of rows at a time."""
+    rows = max(1, CHUNK_BYTES // max(1, z.shape[-1] * z.element_size()))
+    if traced(z.tensors["x"]) or z.numel() <= rows * z.shape[-1]:
+        return NotImplemented
+    x, head = z.tensors["x"], z.head()
+    wide = torch.promote_types(z.dtype, torch.float32)
+    pieces = x.reshape(-1, x.shape[-1]).split(rows)
+    total = torch.stack([head(piece).sum(dtype=wide) for piece in pieces]).sum()
+    return (total / z.numel() if func is aten.mean.default else total).to(dtype or z.dtype)
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.detach.default, aten.alias.default), _same),
     aten.clone.default: _clone,
@@ -137,4 +149,5 @@ _ROW_RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     **dict.fromkeys((aten.argmax.default, aten.max.dim, aten.amax.default), _reduce),
     **dict.fromkeys((aten.logsumexp.default, aten.gather.default), _reduce),
+    **dict.fromkeys((aten.sum.default, aten.mean.default), _total),
 }

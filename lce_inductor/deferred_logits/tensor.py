@@ -43,6 +43,8 @@ torch._dynamo.trace_rules.add(__name__)
 
 _START = "these logits were returned by lce_inductor without being computed"
 _REMEDY = 'or keep real logits with lce_inductor.install(returned_logits="keep")'
+_START_PENDING = "these logits are those of a head under lce_inductor.defer(), and not computed"
+_REMEDY_PENDING = "or have the head compute them, with defer(...).remove()"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,15 @@ class DeferredLogits(Tensor):
         self._steps = steps or {n: Steps(inner[n]) for n in names}
         return self
 
+    @property
+    def _start(self) -> str:
+        """What an error says of these logits, and of what to do without them."""
+        return _START_PENDING if self.spec.pending else _START
+
+    @property
+    def _remedy(self) -> str:
+        return _REMEDY_PENDING if self.spec.pending else _REMEDY
+
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
         return list(self.tensors), self.spec
 
@@ -154,7 +165,9 @@ class DeferredLogits(Tensor):
         weight = self.tensors["weight"]
         values = values and not traced(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         if values and weight.numel() and not weight.untyped_storage().nbytes():
-            raise RuntimeError(f"{_START}, and their weight was freed since (FSDP?). Read them before, {_REMEDY}")
+            raise RuntimeError(
+                f"{self._start}, and their weight was freed since (FSDP?). Read them before, {self._remedy}"
+            )
         for name, version in self._versions.items():
             unchanged = _version(self.tensors, name) == version and self._steps[name].none()
             before = self.tensors.get(f"{name}_seal")
@@ -163,9 +176,10 @@ class DeferredLogits(Tensor):
                 with _disable_current_modes():  # Dynamo takes the real logits apart under a fake mode
                     unchanged = same(_rows(owner) if name == "x" else self.tensors[name], before)
             if not unchanged:
+                what = "hidden states" if name == "x" else name
                 raise RuntimeError(
-                    f"{_START}, and the {'hidden states' if name == 'x' else name} of their head changed since. Read "
-                    f"them before optimizer.step() (logits.detach().clone() makes them real), {_REMEDY}"
+                    f"{self._start}, and the {what} of their head changed since. Read them before optimizer.step() "
+                    f"(logits.detach().clone() makes them real), {self._remedy}"
                 )
 
     def derive(self, x: Tensor | None = None, copied: bool = False, **changes: Any) -> DeferredLogits:
@@ -257,16 +271,16 @@ class DeferredLogits(Tensor):
         return memo.setdefault(id(self), self._real())
 
     def share_memory_(self) -> Any:
-        raise RuntimeError(f"{_START}, and have no memory: share logits.clone(), {_REMEDY}")
+        raise RuntimeError(f"{self._start}, and have no memory: share logits.clone(), {self._remedy}")
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def data_ptr(self) -> int:
-        raise RuntimeError(f"{_START}, and have no memory: pass logits.clone(), {_REMEDY}")
+        raise RuntimeError(f"{self._start}, and have no memory: pass logits.clone(), {self._remedy}")
 
     def retain_grad(self) -> None:
-        raise RuntimeError(f"{_START}, and get no gradient: do without it, {_REMEDY}")
+        raise RuntimeError(f"{self._start}, and get no gradient: do without it, {self._remedy}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # No values: a debugger that shows local variables must not allocate the logits.
@@ -335,5 +349,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
     if func.namespace == "c10d" and func._schema.name.split("::")[1] in _WRITING_COLLECTIVES:
         written = list(args)
-    if any(isinstance(t, DeferredLogits) for t in tree_iter(written)):
-        raise RuntimeError(f"{_START}, and {func} cannot write to them: write to a copy (logits.clone()), {_REMEDY}")
+    found = next((t for t in tree_iter(written) if isinstance(t, DeferredLogits)), None)
+    if found is not None:
+        raise RuntimeError(
+            f"{found._start}, and {func} cannot write to them: write to a copy (logits.clone()), {found._remedy}"
+        )

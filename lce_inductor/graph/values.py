@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
+import os
 import re
+import sys
+import sysconfig
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,14 +101,44 @@ def is_zero(node: Any) -> bool:
     return node.target in kept and is_zero(node.args[0])
 
 
+WRAPPERS: set[str] = set()
+"""Files of this package whose functions are compiled where a user calls torch's."""
+
+
 def source(node: Node | None) -> str:
     """The user's `file:line: code` for a node, or an empty string."""
     frames = list(_FRAME.finditer((node.meta.get("stack_trace") if node is not None else None) or ""))
     if not frames:
         return ""
-    frame = frames[-1]
-    code = (frame["code"] or "").strip()
-    return f"{frame['file']}:{frame['line']}" + (f": {code}" if code else "")
+    users = [frame for frame in frames if frame["file"] not in WRAPPERS]
+    return _line(*users[-1].group("file", "line", "code")) if users else _called_from()
+
+
+def _line(file: str, line: Any, code: str | None) -> str:
+    code = (code or "").strip()
+    return f"{file}:{line}" + (f": {code}" if code else "")
+
+
+def _called_from() -> str:
+    """The user's line whose call is being compiled: outside of the wrapper, the innermost frame that is the user's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename not in WRAPPERS:  # a backend may be the user's, too
+        frame = frame.f_back
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    return _line(frame.f_code.co_filename, frame.f_lineno, linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+
+
+_PACKAGE, _TORCH = (str(Path(file).parent) + os.sep for file in (Path(__file__).parent, torch.__file__))
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+
+
+def _is_users(file: str) -> bool:
+    if file.startswith(("<frozen", "<eval_with_key", _PACKAGE, _TORCH)):
+        return False
+    return not file.startswith(_STDLIB) or "-packages" + os.sep in file
 
 
 aten = torch.ops.aten

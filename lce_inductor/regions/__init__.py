@@ -39,7 +39,7 @@ from .aten_ops import Crossing, at, bound, rank
 from .fused import NotFused
 from .heads import factors, is_product
 from .labels import PRODUCTS, Labels
-from .losses import Loss, gets_gradient, is_product_by_shape, like, looks_like_logits, read_by_products
+from .losses import Loss, is_product_by_shape, like, looks_like_logits, products_of_gradient, read_by_products
 from .losses import losses as find_losses
 from .match import fused_calls
 from .region import Found, Region, find
@@ -73,10 +73,11 @@ class Head:
     """What became of a product that makes logits: rewritten, with what stands for it now, or left alone.
 
     Everything is read off the graph before it is changed. sizes: N, H, V and the bytes of a logit, by hint; guessed: is
-    one of them only a guess? losses: the lines of what reads the logits as a loss does. returned: are they returned as
-    logits are, so that a loss outside could read them? tier: "kernels" or "region"; steps: of its program (0: the
-    kernels have none); products: of a training step. ops: what computes it now. request, plan: of the kernels' call, of
-    that for the gradients where there are two. for_memory: where that is no empty word, see Alternative.
+    one of them only a guess? losses: the lines of what reads the logits as a loss does. backward: products of the
+    logits' gradient. returned: are they returned as logits are, so that a loss outside could read them? tier: "kernels"
+    or "region"; steps: of its program (0: the kernels have none); products: of a training step. ops: what computes it
+    now. request, plan: of the kernels' call, of that for the gradients where there are two. for_memory: where that is
+    no empty word, see Alternative.
     """
 
     node: Node
@@ -88,7 +89,7 @@ class Head:
     guessed: bool = False
     refusal: Refusal | None = None
     losses: list[str] = dataclasses.field(default_factory=list)
-    trains: bool = False
+    backward: list[Node] = dataclasses.field(default_factory=list)
     replaced: list[str] = dataclasses.field(default_factory=list)
     inserted: list[str] = dataclasses.field(default_factory=list)
     tier: str = ""
@@ -109,6 +110,11 @@ class Head:
         tokens = "*".join(str(s) for s in value.shape[:-1] if not is_one(s))
         guessed = not all(map(has_hint, value.shape))
         return Head(node, source(node), tokens, str(value.shape[-1]), sizes, device_type(node), guessed)
+
+    @property
+    def trains(self) -> bool:
+        """Do the logits get a gradient?"""
+        return bool(self.backward)
 
     @property
     def logits_bytes(self) -> int:
@@ -159,7 +165,7 @@ class Decision:
         """What was to be rewritten stays as it is, for a reason that showed only then."""
         for node in [n for region in self.chosen for n in region.heads]:
             head = self.heads[node]
-            kept: dict[str, Any] = {"losses": head.losses, "trains": head.trains, "returned": head.returned}
+            kept: dict[str, Any] = {"losses": head.losses, "backward": head.backward, "returned": head.returned}
             self.heads[node] = dataclasses.replace(Head.of(node), refusal=refuse(code, node), **kept)
         self.chosen = []
 
@@ -236,7 +242,7 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
             # A loss without a softmax is all that is computed.
             head.losses = head.losses or list(filter(None, dict.fromkeys(map(source, nodes))))
     for node in heads:
-        heads[node].trains = gets_gradient(node, labels.on_tangent)
+        heads[node].backward = products_of_gradient(node, labels.on_tangent)
         heads[node].returned = looks_like_logits(node, labels.on_tangent)
     # A softmax of a single vector, made of no product, weighs something.
     return [s for s in strays.values() if s.tokens != "1" or s.refusal.reason.code != "no-head"]

@@ -257,9 +257,10 @@ def _is_low_rank(node: Node, hidden: int) -> bool:
 # -- what else is told of a product
 
 
-def gets_gradient(node: Node, on_tangent: set[Node]) -> bool:
-    """Does a product of the backward read the head's weight or input, for a result with as many classes or rows?"""
-    (x, weight), shape = factors(node), _sizes(node)
+def products_of_gradient(node: Node, on_tangent: set[Node]) -> list[Node]:
+    """Products of the backward that read the head's weight or input, for a result with as many classes or rows: their
+    other factor is the gradient of the logits."""
+    (x, weight), shape, found = factors(node), _sizes(node), []
     for operand, other in ((x, shape[-1]), (weight, shape[-2])):
         todo, seen = [operand], {operand}
         while todo:
@@ -268,10 +269,10 @@ def gets_gradient(node: Node, on_tangent: set[Node]) -> bool:
                     continue
                 seen.add(user)
                 if user in on_tangent and is_product(user) and other in _sizes(user):
-                    return True
-                if user.target in (*_VIEWS, *_CASTS) and not is_product(user):
+                    found.append(user)
+                elif user.target in (*_VIEWS, *_CASTS) and not is_product(user):
                     todo.append(user)
-    return False
+    return found
 
 
 def read_by_products(node: Node, on_tangent: set[Node]) -> Node | None:

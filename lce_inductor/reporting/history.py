@@ -189,7 +189,7 @@ def deferred_read(whole: int, rows: int, classes: int, itemsize: int, pending: b
     shape = int(whole), int(classes)
     if _history.read(shape, int(rows), int(rows) * int(classes) * itemsize, pending):
         log.info(
-            "deferred logits %s are read: each read costs a product of its rows. lce_inductor.report() counts them, "
+            "deferred logits %s are read: a read costs a product of its rows. lce_inductor.report() counts them, "
             "%s", list(shape), _WITHOUT_READS[pending],
         )  # fmt: skip
 

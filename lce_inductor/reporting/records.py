@@ -32,7 +32,8 @@ class HeadRecord:
         products: matrix products of the head's size in a training step, of all `together` heads that one program
             computes. gradients: computed in the "forward", or by
             "recompute", or "" without any.
-        held: rewritten, and yet something else in the graph needs the logits.
+        held: rewritten, and yet something else in the graph needs the logits. gradient_held: or a gradient of their
+            size is made in the backward: what read the logits left it nothing of them to ask for, as gather() does.
         joined: a loss whose head has a record of its own, in another graph.
         prefer: "memory" where a rewritten head's kernels are to take less of it. hint: also of a rewritten head, of
             which nothing is saved otherwise.
@@ -59,6 +60,7 @@ class HeadRecord:
     together: int = 1
     gradients: str = ""
     held: bool = False
+    gradient_held: bool = False
     told: bool = True
     joined: bool = False
     prefer: str = ""
@@ -70,8 +72,8 @@ class HeadRecord:
 
     @property
     def saved(self) -> bool:
-        """Do the logits not exist?"""
-        return self.rewritten and not self.held
+        """Do the logits not exist, nor anything of their size?"""
+        return self.rewritten and not self.held and not self.gradient_held
 
     @property
     def saved_bytes(self) -> int:
@@ -106,7 +108,8 @@ class HeadRecord:
         """The record as log lines."""
         size = f"{self.tokens}x{self.classes} logits, {self.bytes_text()}"
         if self.code is None:
-            exist = "exist all the same: something else needs them" if self.held else "no longer exist"
+            exist = "no longer exist, but a gradient of their size does" if self.gradient_held else "no longer exist"
+            exist = "exist all the same: something else needs them" if self.held else exist
             return [
                 f"rewrote {self.source} ({'; '.join(filter(None, [f'{size} {exist}', self.plan, self.how()]))})",
                 *(f"  - {line}" for line in self.replaced),
@@ -206,11 +209,21 @@ def attach(name: str, data: Any) -> None:
 
 def records_of(decision: Any, config: Any, existing: set[Any]) -> list[HeadRecord]:
     """Records of a graph's heads, and of its losses without one. existing: nodes of the graph as it is now."""
-    found = [_of_head(head, config, existing) for head in decision.heads.values()]
+    # What was rewritten has its products elsewhere.
+    alone = {n for head in decision.heads.values() if head.refusal is not None for n in head.backward}
+    dense = {n for head in decision.heads.values() for n in head.backward if n in existing - alone}
+    found = [_of_head(head, config, existing, _together(head, decision), dense) for head in decision.heads.values()]
     return found + [_of_stray(stray) for stray in decision.strays]
 
 
-def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
+def _together(head: Any, decision: Any) -> list[Any]:
+    """The heads that one program computes."""
+    return [h for h in decision.heads.values() if h is head or (head.ops and h.ops is head.ops)]
+
+
+def _of_head(head: Any, config: Any, existing: set[Any], together: list[Any], dense: set[Any]) -> HeadRecord:
+    """dense: products of gradients of logits that are still there, but for heads that are left alone, which may share
+    a weight with this one."""
     refusal = head.refusal
     record = HeadRecord(
         source=head.source or NOWHERE,
@@ -228,10 +241,11 @@ def _of_head(head: Any, config: Any, existing: set[Any]) -> HeadRecord:
         trains=head.trains,
         tier=head.tier,
         steps=head.steps,
-        products=head.products,
+        products=head.products + len(dense & {n for h in together for n in h.backward}),
         together=head.together,
         gradients=head.gradients,
         held=refusal is None and head.node in existing,
+        gradient_held=refusal is None and not dense.isdisjoint(head.backward),
         prefer=config.prefer if config.prefer != "speed" and head.tier == "kernels" else "",
         guessed=head.guessed,
     )

@@ -30,7 +30,8 @@ def outcome(record: HeadRecord) -> str:
     products = [record.products_text()] if record.products else []
     tier = {"kernels": ["kernels"], "region": [f"program of {record.steps} steps"]}.get(record.tier, [])
     prefer = list(filter(None, [record.prefer_text()]))
-    return ", ".join(["rewritten", *products, *tier, *prefer, *(["held all the same"] if record.held else [])])
+    held = ["held all the same"] if record.held else ["a gradient held"] if record.gradient_held else []
+    return ", ".join(["rewritten", *products, *tier, *prefer, *held])
 
 
 def counted(record: HeadRecord) -> bool:

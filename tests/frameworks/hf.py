@@ -28,8 +28,8 @@ def texts(rows: int, seed: int = 1, length: int = T) -> list[dict[str, Tensor]]:
     return [{"input_ids": t, "labels": t.clone()} for t in torch.randint(3, V, (rows, length), generator=g)]
 
 
-def batch(seed: int = 1) -> dict[str, Tensor]:
-    rows = texts(BATCH, seed)
+def batch(seed: int = 1, length: int = T) -> dict[str, Tensor]:
+    rows = texts(BATCH, seed, length)
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 
@@ -65,12 +65,13 @@ def trainer(run: Run, model: nn.Module, defer: bool, **more: Any) -> Any:
     import transformers
 
     fresh_accelerate()
+    length = more.pop("length", T)
     if defer:
         run.defer(model)
     options = {k: more.pop(k) for k in ("compute_metrics", "preprocess_logits_for_metrics") if k in more}
     arguments = transformers.TrainingArguments(tempfile.mkdtemp(), **{**ARGUMENTS, "bf16": False, **more})
     return transformers.Trainer(
-        model, arguments, train_dataset=texts(3 * BATCH), eval_dataset=texts(2 * BATCH, 2), **options
+        model, arguments, train_dataset=texts(3 * BATCH, length=length), eval_dataset=texts(2 * BATCH, 2), **options
     )
 
 
@@ -87,9 +88,15 @@ def compiled(run: Run) -> None:
     train(run, trainer(run, llama(), defer=False, torch_compile=True))
 
 
-@case("Trainer, bf16=True", "transformers accelerate", line=DEFER, dtype=torch.bfloat16)
+# So long that logits are larger than what oneDNN's products of bf16 take for themselves.
+LONG = 3 * T
+
+
+@case(
+    "Trainer, bf16=True", "transformers accelerate", line=DEFER, dtype=torch.bfloat16, logits=BATCH * LONG * V
+)  # fmt: skip
 def bf16(run: Run) -> None:
-    train(run, trainer(run, llama(), defer=True, bf16=True))
+    train(run, trainer(run, llama(), defer=True, bf16=True, length=LONG))
 
 
 @case("Trainer, gradient accumulation and checkpointing", "transformers accelerate", line=DEFER)
@@ -169,3 +176,86 @@ def lora_on_attention_compiled(run: Run) -> None:
 @case("peft, LoRA on lm_head, torch_compile=True", "peft transformers accelerate")
 def lora_on_head_compiled(run: Run) -> None:
     lora(run, ["q_proj", "lm_head"], defer=False, torch_compile=True)
+
+
+@case("peft, LoRA on lm_head, loss alone", "peft transformers", line="torch.compile(lambda **b: model(**b).loss)")
+def lora_on_head_loss(run: Run) -> None:
+    """The user's loop: what is compiled returns no logits."""
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.0)
+    model = peft.get_peft_model(llama(), config)
+    run.begin()
+    call = torch.compile(lambda **batch: model(**batch).loss)
+    for seed in range(3):
+        run.step(call(**batch(seed)), model)
+
+
+def gpt2(run: Run, defer: bool, line: bool) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=V, n_embd=H, n_layer=1, n_head=2, n_positions=T, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    if line:  # also without the package: Trainer counts the labels of such a model in another way
+        model.loss_type = "ForCausalLM"
+    train(run, trainer(run, model, defer=defer, torch_compile=True))
+
+
+@case("Trainer, torch_compile=True, GPT-2", "transformers accelerate")
+def gpt2_plain(run: Run) -> None:
+    gpt2(run, defer=False, line=False)
+
+
+@case(
+    "Trainer, torch_compile=True, GPT-2, loss_type", "transformers accelerate", line='model.loss_type = "ForCausalLM"'
+)
+def gpt2_line(run: Run) -> None:
+    gpt2(run, defer=False, line=True)
+
+
+@case("Trainer, torch_compile=True, GPT-2, defer", "transformers accelerate", line=DEFER)
+def gpt2_deferred(run: Run) -> None:
+    gpt2(run, defer=True, line=False)
+
+
+def smoother(run: Run) -> None:
+    made = trainer(run, llama(), defer=True, label_smoothing_factor=0.1)
+    if run.ours:
+        made.label_smoother = torch.compile(made.label_smoother)
+    train(run, made)
+
+
+case(
+    "Trainer, label_smoothing_factor, compiled", "transformers accelerate",
+    line=DEFER + "; trainer.label_smoother = torch.compile(trainer.label_smoother)",
+)(smoother)  # fmt: skip
+
+
+def float8(run: Run, whole: bool) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    run.begin()
+    only = None if whole else lambda module, name: name != "lm_head"
+    convert_to_float8_training(model, config=Float8LinearConfig(emulate=True), module_filter_fn=only)
+    call = torch.compile(model)
+    for seed in range(3):
+        run.step(call(**batch(seed, LONG)).loss, model)
+
+
+@case("torchao float8 (emulated)", "torchao transformers", dtype=torch.bfloat16, logits=BATCH * LONG * V)
+def float8_whole(run: Run) -> None:
+    float8(run, whole=True)
+
+
+@case(
+    "torchao float8 (emulated), head left out", "torchao transformers", dtype=torch.bfloat16, logits=BATCH * LONG * V,
+    line='module_filter_fn=lambda module, name: name != "lm_head"',
+)  # fmt: skip
+def float8_without_head(run: Run) -> None:
+    float8(run, whole=False)

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
+import os
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.compile_fx  # once, before a process is copied for each case
 from corpus.harness import GraphRecord, no_codegen_backend
 from oracle import cheap
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lce_inductor
 from lce_inductor.deferred_heads import functions
-from lce_inductor.deferred_logits import tensor
+from lce_inductor.deferred_logits import rules, tensor
 from lce_inductor.reporting import history
 
 # N tokens of a step, hidden size, vocabulary. V is prime; N is larger than H, so that nothing but logits is as large as
@@ -39,8 +41,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of norms: two correct
 class Case:
     """A program of a framework's. line: what a user adds to it, besides install(). note: what the table says of it.
 
-    logits: elements of the logits of the step's smallest head, which no tensor may have. reads: the framework looks at
-    the logits itself, outside of its loss, so that they must exist at times.
+    dtype: of its logits. logits: their elements. source: a repository that is no package, owner/name.
     """
 
     name: str
@@ -50,12 +51,29 @@ class Case:
     note: str = ""
     dtype: torch.dtype = torch.float32
     logits: int = BATCH * T * V
+    source: str = ""
+
+    def versions(self) -> dict[str, str]:
+        """Of what it runs. Raises: PackageNotFoundError or FileNotFoundError for what is not here."""
+        found = {p: importlib.metadata.version(p) for p in ("torch", *self.packages)}
+        if self.source:
+            command = ["git", "-C", str(source_folder(self.source)), "rev-parse", "--short=8", "HEAD"]
+            found[self.source] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return found
+
+
+def source_folder(source: str) -> Path:
+    """Where a repository was cloned to: below $FRAMEWORKS."""
+    folder = Path(os.environ.get("FRAMEWORKS", "frameworks")) / source.rpartition("/")[2]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}, cloned to {folder}")
+    return folder
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, packages: str, **more: Any) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
+def case(name: str, packages: str = "", **more: Any) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     def register(run: Callable[[Run], None]) -> Callable[[Run], None]:
         CASES[name] = Case(name, run, tuple(packages.split()), **more)
         return run
@@ -160,6 +178,7 @@ def go(case: Case, ours: bool, interpret: bool) -> Way:
         with (
             Run(ours) as run,
             sites_of_reads(sites),
+            mock.patch.object(rules, "CHUNK_BYTES", CHUNK * V * 4),
             interpreted(records) if interpret else contextlib.nullcontext(),
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         ):
@@ -207,7 +226,7 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected)):
         return float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected)]
-    floor = 1e-3 * max((b.norm().item() for _, b in pairs), default=0.0)
+    floor = max(1e-3 * max((b.norm().item() for _, b in pairs), default=0.0), 1e-30)
     return max(((a - b).norm().item() / max(b.norm().item(), floor) for a, b in pairs), default=float("nan"))
 
 
@@ -221,8 +240,7 @@ def compare(case: Case, interpret: bool) -> dict[str, Any]:
         "name": case.name,
         "line": case.line,
         "note": case.note,
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", *case.packages)},
-        "source": inspect.getsourcefile(case.run),
+        "versions": case.versions(),
         "error": ours.error or (plain.error and f"without the package: {plain.error}"),
         "steps": len(ours.losses),
         "loss": difference(ours.losses, plain.losses),

@@ -17,7 +17,8 @@ from .hf import llama, texts
 from .measure import BATCH, H, Run, T, V, case
 
 
-def lightning(run: Run, compile: bool) -> None:
+@case("Lightning", "lightning transformers", line="lce_inductor.defer(self.lm_head)")
+def lightning(run: Run) -> None:
     import lightning as L
 
     class Lit(L.LightningModule):
@@ -45,23 +46,12 @@ def lightning(run: Run, compile: bool) -> None:
 
     torch.manual_seed(0)
     made = Lit()
-    if not compile:
-        run.defer(made.lm_head)
+    run.defer(made.lm_head)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(torch.compile(made) if compile else made, torch.utils.data.DataLoader(texts(3 * BATCH), BATCH))
-
-
-@case("Lightning", "lightning transformers", line="lce_inductor.defer(self.lm_head)")
-def lightning_eager(run: Run) -> None:
-    lightning(run, compile=False)
-
-
-@case("Lightning, torch.compile(module)", "lightning transformers")
-def lightning_compiled(run: Run) -> None:
-    lightning(run, compile=True)
+    trainer.fit(made, torch.utils.data.DataLoader(texts(3 * BATCH), BATCH))
 
 
 def x_transformers(run: Run, compile: bool, **more: Any) -> None:
@@ -104,18 +94,20 @@ def timm(run: Run, compile_model: bool, soft: bool, compile_loss: bool = False) 
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=H, depth=1, num_heads=2, num_classes=CLASSES, global_pool="token"
     )
+    batches = []
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        images, target = torch.randn(32, 3, 32, 32, generator=g), torch.randint(0, CLASSES, (32,), generator=g)
+        if soft:
+            target = F.one_hot(target, CLASSES) * 0.9 + F.one_hot(target.flip(0), CLASSES) * 0.1
+        batches.append((images, target))
     run.defer(model.get_classifier())
     task = ClassificationTask(model, SoftTargetCrossEntropy() if soft else None, device=torch.device("cpu"))
     if compile_model:
         task.compile()
     if compile_loss:
         run.compiled(task.criterion)
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        images = torch.randn(32, 3, 32, 32, generator=g)
-        target = torch.randint(0, CLASSES, (32,), generator=g)
-        if soft:
-            target = F.one_hot(target, CLASSES) * 0.9 + F.one_hot(target.flip(0), CLASSES) * 0.1
+    for images, target in batches:
         run.step(task(images, target)["loss"], model)
 
 
@@ -164,6 +156,9 @@ def sentence_transformer() -> Any:
     return SentenceTransformer(modules=[inner, models.Pooling(H)], device="cpu")
 
 
+PAIRS = 512  # so that similarities are larger than what the encoder makes
+
+
 def negatives(run: Run, compile: bool) -> None:
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
@@ -172,17 +167,17 @@ def negatives(run: Run, compile: bool) -> None:
     if compile:
         run.compiled(loss)
     g = torch.Generator().manual_seed(1)
-    pairs = [[f"w{i} w{j}" for i, j in torch.randint(0, 50, (128, 2), generator=g).tolist()] for _ in range(2)]
+    pairs = [[f"w{i} w{j}" for i, j in torch.randint(0, 50, (PAIRS, 2), generator=g).tolist()] for _ in range(2)]
     features = [model.tokenize(texts) for texts in pairs]
     for _ in range(2):
-        run.step(loss([dict(f) for f in features], torch.zeros(128)), model)
+        run.step(loss([dict(f) for f in features], torch.zeros(PAIRS)), model)
 
 
 @case(
     "sentence-transformers MultipleNegativesRankingLoss",
     "sentence-transformers",
     line="loss.compile()",
-    logits=128 * 128,
+    logits=PAIRS * PAIRS,
 )
 def negatives_compiled(run: Run) -> None:
     negatives(run, compile=True)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hf import batch, llama
-from .measure import Run, case, file_of
+from .hf import LONG, batch, llama
+from .measure import BATCH, Run, T, V, case, file_of
 
 
 def train(run: Run, loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> None:
     model = llama().to(dtype)
     run.defer(model)
     for seed in range(3):
-        ids = batch(seed)["input_ids"]
+        ids = batch(seed, T if dtype == torch.float32 else LONG)["input_ids"]
         run.step(loss(model(ids).logits, torch.roll(ids, -1, 1)), model)
 
 
@@ -37,7 +37,7 @@ def verl_logprobs(run: Run) -> None:
     train(run, lambda logits, labels: -verl().logprobs_from_logits(logits, labels).mean())
 
 
-@case("verl logprobs_from_logits, bf16", "verl", line=DEFER, dtype=torch.bfloat16)
+@case("verl logprobs_from_logits, bf16", "verl", line=DEFER, dtype=torch.bfloat16, logits=BATCH * LONG * V)
 def verl_logprobs_bf16(run: Run) -> None:
     train(run, lambda logits, labels: -verl().logprobs_from_logits(logits, labels).mean(), torch.bfloat16)
 

@@ -1,0 +1,107 @@
+"""Views of pending logits for which there is no rule: they wait, so that a write to one is refused and never lost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lce_inductor
+from lce_inductor.deferred_heads.logits import PendingLogits
+from lce_inductor.reporting import history
+
+B, T, H, V = 2, 7, 8, 12
+
+VIEWS: dict[str, Callable[[Tensor], Any]] = {
+    "a class": lambda z: z[..., 3],
+    "a class by select": lambda z: torch.select(z, -1, 3),
+    "every other class": lambda z: z[..., ::2],
+    "narrow": lambda z: z.narrow(-1, 2, 5),
+    "flat": lambda z: z.view(-1),
+    "classes in two": lambda z: z.unflatten(-1, (3, 4)),
+    "rows and classes in one": lambda z: z.flatten(1),
+    "mT": lambda z: z.mT,
+    "diagonal": lambda z: z.diagonal(dim1=1, dim2=2),
+    "expand": lambda z: z.expand(3, B, T, V),
+    "windows": lambda z: z.unfold(-1, 4, 2),
+    "chunks": lambda z: z.chunk(3, dim=-1),
+    "unbind": lambda z: z.unbind(-1),
+    "of a view": lambda z: z[..., ::2].mT[0],
+    "of log-probabilities": lambda z: z.log_softmax(-1)[..., 3],
+    "itself on the CPU": lambda z: z.cpu(),
+}
+
+
+@pytest.fixture
+def heads(installed: None) -> tuple[nn.Module, nn.Module]:
+    history.forget()
+    head = nn.Linear(H, V, dtype=torch.float64)
+    plain = copy.deepcopy(head)
+    lce_inductor.defer(head)
+    return head, plain
+
+
+def tensors(found: Any) -> list[Tensor]:
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_values_and_gradients_are_eagers(name: str, heads: tuple[nn.Module, nn.Module]) -> None:
+    x, found = torch.randn(B, T, H, dtype=torch.float64), []
+    for head in heads:
+        given = x.clone().requires_grad_()
+        views = tensors(VIEWS[name](head(given)))
+        assert all(isinstance(v, PendingLogits) == (head is heads[0]) for v in views)
+        loss = sum((v.square() * (n + 1)).sum() + v.exp().mean() for n, v in enumerate(views))
+        loss.backward()
+        found.append([*(v.detach() + 0 for v in views), given.grad, *(p.grad for p in head.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_writes_are_refused(name: str, grad: bool, heads: tuple[nn.Module, nn.Module]) -> None:
+    with torch.set_grad_enabled(grad):
+        view = tensors(VIEWS[name](heads[0](torch.randn(B, T, H, dtype=torch.float64))))[0]
+        with pytest.raises(RuntimeError, match=r"cannot write to them: write to logits\.clone\(\)"):
+            view.fill_(0.0)
+
+
+def test_a_view_is_computed_once(heads: tuple[nn.Module, nn.Module]) -> None:
+    """As eager's variable, and unlike logits, of which nothing is kept."""
+    view = heads[0](torch.randn(B, T, H, dtype=torch.float64)).mT
+    assert (view.exp() > 0).all() and view.std() > 0
+    (reads,) = lce_inductor.report().reads
+    assert reads.count == 1
+
+
+def test_in_a_compiled_function(heads: tuple[nn.Module, nn.Module]) -> None:
+    def loss(z: Tensor) -> Tensor:
+        return z.logsumexp(1).square().mean()
+
+    x = torch.randn(B, T, H, dtype=torch.float64)
+    ours = torch.compile(loss, backend="aot_eager")(heads[0](x).mT)
+    torch.testing.assert_close(ours, loss(heads[1](x).mT))
+    for name in ("a class", "every other class", "chunks"):
+        view, plain = (tensors(VIEWS[name](head(x)))[0] for head in heads)
+        torch.testing.assert_close(torch.compile(torch.sin, backend="aot_eager")(view), plain.sin())
+
+
+def test_functions_that_make_no_view_read(heads: tuple[nn.Module, nn.Module]) -> None:
+    z = heads[0](torch.randn(B, T, H, dtype=torch.float64))
+    found = [
+        z.exp(),
+        z[..., torch.tensor([1, 2])],
+        z.view(torch.int64),
+        z.sum(),
+        z.sort(-1).values,
+        z.unbind(-1)[0] + 1,
+    ]
+    assert not any(isinstance(t, PendingLogits) for t in found)
+    with pytest.raises(IndexError):
+        z.select(-1, V)
