@@ -22,7 +22,7 @@ from ..deferred_logits.seals import traced
 from ..deferred_logits.tensor import DeferredLogits
 from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
-from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, kept, of_parts, parts, real
+from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, keep, kept, of_parts, parts, real
 from .loss import cross_entropy, of_rows
 from .steps import Step, View, compute_classes
 
@@ -32,7 +32,7 @@ T = torch.Tensor
 # -- steps, which wait
 
 
-def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> Tensor:
+def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> PendingLogits:
     """size: of a view."""
     spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
     return of_parts(*parts(z), spec, size or z.shape, Memory(z.memory.head) if size is None else z.memory)
@@ -353,6 +353,9 @@ def _view_later(z: PendingLogits, func: Any, args: tuple[Any, ...], kwargs: dict
         func, args = func.__self__.__name__, ()
     views = [View(func, args, kwargs, n if several else None) for n in range(len(outs))]
     made = [_wait(z, "view", view, size=o.shape) for view, o in zip(views, outs)]
+    if (values := kept(z)) is not None:
+        for one, view in zip(made, views):
+            keep(one, view(values))
     return type(found)(made) if several else made[0]
 
 

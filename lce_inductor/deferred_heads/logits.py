@@ -252,8 +252,12 @@ def real(z: PendingLogits) -> Tensor:
     if found is None:
         found = compute(*parts(z), z.spec)
         if is_functional(z) or z.spec.kept:
-            z.__dict__.setdefault("kept", {})[_mode()] = found
+            keep(z, found)
     return found
+
+
+def keep(z: PendingLogits, values: Tensor) -> None:
+    z.__dict__.setdefault("kept", {})[_mode()] = values
 
 
 def kept(z: PendingLogits) -> Tensor | None:
