@@ -328,14 +328,14 @@ def test_several_heads_have_a_line_each(lines):
 def test_structured_trace(tmp_path, installed, monkeypatch):
     """An artifact that tlparse shows: one JSON record per head."""
     found = []
-    import torch._logging
+    import torch._logging._internal
 
     def trace(name, metadata_fn=lambda: None, *, payload_fn=lambda: None, **more):
         metadata = metadata_fn()
         if isinstance(metadata, dict) and metadata.get("name") == "lce_inductor_heads":
             found.append((name, metadata, payload_fn()))
 
-    monkeypatch.setattr(torch._logging, "trace_structured", trace)
+    monkeypatch.setattr(torch._logging._internal, "trace_structured", trace)
     Compiled(loss)(*head())
     ((name, metadata, payload),) = found
     assert name == "artifact" and metadata["encoding"] == "json"
