@@ -100,7 +100,7 @@ if INTERPRETED or ON_GPU:
         [
             {"grads": ("lse", "target", "sum"), "epilogue": "mul 0.5;add 0.25"}, {"scale": 200.0},
             {"K": 0, "grads": ("lse",)}, {"epilogue": cases.SOFTCAP}, {"chunk_tokens": 0},
-        ][: 2 if INTERPRETED and not EVERYTHING else None],
+        ][: 1 if INTERPRETED and not EVERYTHING else None],
         ids=str,
     )  # fmt: skip
     def test_rows_that_count_of_other_heads(changes, engine):
