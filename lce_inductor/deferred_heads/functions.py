@@ -35,7 +35,8 @@ T = torch.Tensor
 def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> PendingLogits:
     """size: of a view."""
     spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
-    return of_parts(*parts(z), spec, size or z.shape, Memory(z.memory.head) if size is None else z.memory)
+    shape, memory = (z.shape, Memory(z.memory.head)) if size is None else (size, z.memory)
+    return of_parts(*parts(z), spec, shape, memory)
 
 
 def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:
