@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec.statistics import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed
+from ..spec.statistics import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed, stat_dtype
 from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
 from .head_cpu import check_target
 from .plan import Mask, Plan, Request, planned
@@ -59,7 +59,7 @@ def backward(
         return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
     p = plan or _plan(request(a, 0, grads, mask, recompute=True, counts=True), a)
     if not _packs(p):
-        lse = _read(lse, grads)
+        lse = _read(a, lse, grads)
     with _device(a.x):
         module = _module(p.algorithm if p.classes is None else CLASSES)
         found: tuple[Tensor, Tensor, Tensor] = module.backward(a, lse, neg_entropy, grads, mask, p)
@@ -100,16 +100,17 @@ def request(
     )  # fmt: skip
 
 
-def _read(lse: Tensor, grads: RowGrads) -> Tensor:
-    """lse of the rows that something comes in for, elsewhere +inf, as if nothing of a row were left of its softmax.
+def _read(a: HeadArgs, lse: Tensor, grads: RowGrads) -> Tensor:
+    """lse of the rows that something comes in for, elsewhere so large that nothing of a row's softmax is left.
 
-    The forward may not have computed those, and below a lse of zero exponentials overflow: zero times that is NaN.
+    The forward may not have computed those, and below a lse of zero exponentials overflow: zero times that is NaN. So
+    is zero times infinity, which the gradient of the entropy would have: large, and finite.
     """
     read = torch.zeros_like(lse, dtype=torch.bool)
     for g in grads:
         if g is not None:
             read |= (g != 0).any(1) if g.dim() > 1 else g != 0
-    return torch.where(read, lse, torch.inf)
+    return torch.where(read, lse, torch.finfo(stat_dtype(a.x)).max / 4)
 
 
 def _packs(plan: Plan | None) -> bool:
