@@ -5,6 +5,8 @@ Each must give eager's values and gradients. Whether it is rewritten is not aske
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,9 @@ MODES = {
     "soft targets with a gradient": Z + "return -(z.softmax(-1) * F.linear(x, w2).log_softmax(-1)).sum(-1).mean()",
     "soft targets detached": Z + "return -(z.detach().softmax(-1) * F.linear(x, w2).log_softmax(-1)).sum(-1).mean()",
     "its own targets": Z + "return F.cross_entropy(z, z.softmax(-1))",
+    "two biases detached": "return (F.linear(x, w, b) + classes).logsumexp(-1).square().mean().detach() * scale",
+    "two biases without gradient": "with torch.no_grad():\n    s = (F.linear(x3, w, b) + classes).logsumexp(-1)\nreturn (s.square() * row3).mean()",
+    "two biases": "return F.cross_entropy(F.linear(x, w, b) + classes, y)",
     "its own targets detached": Z + "return F.cross_entropy(z, z.detach().softmax(-1))",
 }
 
@@ -200,6 +205,22 @@ def test_second_derivatives_raise():
         for each in (w, x):
             with pytest.raises(RuntimeError):
                 torch.autograd.grad(g.square().sum(), each, allow_unused=True, retain_graph=True)
+
+
+def test_a_gradient_of_returned_logits_alone_raises():
+    """Also where the caller allows unused inputs: a None would be taken for zero."""
+    x, w, y = make_inputs(("x", "w", "y"), torch.float64)
+
+    def program(x, w, y):
+        z = F.linear(x, w)
+        return z, F.cross_entropy(z, y)
+
+    on, fn = _compiled(program)
+    with on, cheap():
+        for of, allow_unused in itertools.product(((x,), (w,), (x, w)), (False, True)):
+            z, _ = fn(x, w, y)
+            with pytest.raises(RuntimeError, match="returned by lce_inductor without being computed"):
+                torch.autograd.grad(z.sum(), of, allow_unused=allow_unused)
 
 
 @pytest.mark.parametrize("change", ["weight row", "bias entry", "optimizer step of some rows", "hidden states"])

@@ -6,6 +6,8 @@ A `Text` is the body of a function of the inputs below. `str()` of it is a scrip
 from __future__ import annotations
 
 import re
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +112,10 @@ class Text(NamedTuple):
         return "\n".join([f"def program({', '.join(self.names)}):", *lines])
 
     def functions(self) -> tuple[Fn, Fn | None]:
-        scope: dict[str, Any] = {"torch": torch, "F": F, "aten": torch.ops.aten, "__name__": "user_code"}
+        # A module that can be imported: Dynamo looks up globals there.
+        sys.modules["user_code"] = module = ModuleType("user_code")
+        scope = module.__dict__
+        scope.update(torch=torch, F=F, aten=torch.ops.aten)
         exec(f"{self.setup}\n{self._define()}", scope)
         if not self.between:
             return scope["program"], None

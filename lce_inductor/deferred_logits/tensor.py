@@ -70,16 +70,18 @@ class _NoGradient(torch.autograd.Function):
 
     It is applied inside AOTAutograd's own Function, which marks the output as not differentiable. Autograd would detach
     such an output, but it leaves a view as it is. So z.grad_fn is this node, and whatever is computed from z (also by a
-    custom autograd.Function, which __torch_function__ would not see) is connected to it.
+    custom autograd.Function, which __torch_function__ would not see) is connected to it. `inputs` are what the logits
+    would have gradients for: torch.autograd.grad() runs only what leads to one of the tensors that it is asked for, and
+    would else answer None where the caller allows that.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> None:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
         # DDP passes outputs that the loss does not use through a Function of its own, which hands None on. Behind a
         # graph break zeros come of values that nobody differentiates.
         if grad is not None and bool(grad.any()):
@@ -87,6 +89,7 @@ class _NoGradient(torch.autograd.Function):
                 f"{_START}, and a gradient that reached them would be lost. Compute this part of the loss inside the "
                 f"compiled function, {_REMEDY}"
             )
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class DeferredLogits(Tensor):
@@ -145,7 +148,7 @@ class DeferredLogits(Tensor):
         # Detached again: at run time these can be parameters, whose .data may be replaced, or x can be returned, too.
         z = DeferredLogits({name: t.detach() for name, t in inner.items()}, spec, (size, stride))
         z._returned = inner["x"]  # CUDA graphs mark their outputs when they free them, those that are still alive
-        return _with_barrier(z)
+        return _with_barrier(z, inner)
 
     def __getattr__(self, name: str) -> Any:
         """x, weight, ...: this is also how a compiled function reads logits that it is given."""
@@ -292,12 +295,17 @@ def _version(inner: dict[str, Tensor], name: str) -> int | None:
     return None if t.is_inference() else t._version  # inference tensors have none
 
 
-def _with_barrier(z: DeferredLogits) -> DeferredLogits:
+def _with_barrier(z: DeferredLogits, given: dict[str, Tensor]) -> DeferredLogits:
     if not z.spec.requires_grad or traced(z.tensors["x"]):
         return z
     with torch.enable_grad():
-        marked: DeferredLogits = _NoGradient.apply(z.requires_grad_())  # type: ignore[no-untyped-call]
+        marked: DeferredLogits = _NoGradient.apply(z.requires_grad_(), *_owned(given))  # type: ignore[no-untyped-call]
     return marked
+
+
+def _owned(given: dict[str, Tensor]) -> list[Tensor]:
+    """x, weight and bias themselves, where these are at hand and differentiated."""
+    return [t for n, t in given.items() if n in ("x", "weight", "bias") and t.requires_grad]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -320,7 +328,7 @@ def _defer_logits(
     if seal_x and x.dtype == compute_dtype:
         seals["x_seal"] = seal(_rows(owners.get("x_owner", inner["x"])))
     spec = Spec(epilogue, epilogue_after_cast, compute_dtype, (dtype,), needs_grad)
-    return _with_barrier(DeferredLogits(inner | owners | seals, spec))
+    return _with_barrier(DeferredLogits(inner | owners | seals, spec), given)
 
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")

@@ -167,6 +167,8 @@ class Matcher:
         shape = shape_of(bias) if bias is not None else None
         if shape is not None and (len(shape) != 1 or is_one(shape[0])):
             raise NotFused("a bias that is no vector of classes")
+        if bias is not None and self.bias is not None:
+            raise NotFused("two biases")
         return source
 
     def _join_targets(self, gradients: Gradients, values: dict[Node, Poly]) -> None:
@@ -266,8 +268,6 @@ class Matcher:
                     raise NotFused("dW by another input")
             elif (head.bias is None and self.bias is None) or len(shape_of(sink.node) or ()) > 2:
                 raise NotFused("a sum over rows")
-        if head.bias is not None and self.bias is not None:
-            raise NotFused("two biases")
 
     def _form(self, value: Any, sinks: dict[str, Node]) -> Gradients:
         if not isinstance(value, Wide):
