@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("wrong", "inaccurate", "crash")
+        return self.kind in ("wrong", "inaccurate", "crash", "internal")
 
 
 @contextlib.contextmanager
@@ -172,6 +172,8 @@ def _judge(fn: Fn, calls: Sequence[Sequence[Any]], options: dict[str, Any], narr
         return mine
     rewritten, refused = _counts()
     seen = Verdict("right", "", rewritten, refused, max((g.largest for g in records), default=0))
+    if "internal-error" in refused:
+        return seen._replace(kind="internal", detail="internal-error")
     if not valid:
         ours, eager = ours[:-leaves], eager[:-leaves]
     exact, narrowed = _exact(fn, calls, grad, eager, first, between if valid else None)

@@ -29,6 +29,17 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A part of a whole, from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{text!r}: must be a number from 0 to below 1")
+    return value
+
+
 def device_name(text: str) -> str:
     kind, _, index = text.partition(":")
     if text in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()):

@@ -20,6 +20,7 @@ from .implementations import IMPLEMENTATIONS, NotApplied
 from .measure import OK, OUT_OF_MEMORY, current_device, failure, finish, peak_added, timed_ms, write_result
 
 SAMPLES = 8192  # elements of a gradient that rows are compared by
+IGNORED = -100
 WARMUP_STEPS = 2  # after the first, which compiles
 
 
@@ -51,11 +52,14 @@ MODELS = {
     "qwen2-0.5b": Model("qwen2", _QWEN, 8, 2048, "model.layers.0.mlp.up_proj.weight", _TINY),
 }  # fmt: skip
 SMALL_BATCH, SMALL_LENGTH = 4, 32
+# sdpa: transformers' own; traced by torch.compile it is given an explicit causal mask. causal: the same without a mask.
+ATTENTION = ("sdpa", "causal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to measure. `lock` is a file that the process holds while it takes steps, or None."""
+    """What to measure. `lock` is a file that the process holds while it takes steps, or None. `ignored`: the share of
+    the labels that the loss leaves out. `attention`: see ATTENTION."""
 
     model: str
     implementation: str
@@ -66,6 +70,8 @@ class Job:
     reps: int = 8
     largest: bool = False
     lock: str | None = None
+    attention: str = "sdpa"
+    ignored: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +174,15 @@ class Turn:
         self.waited_s = time.perf_counter() - start
 
 
+def register_causal_attention() -> None:
+    """attn_implementation="causal": sdpa, which is causal where it is given no mask. For sequences without padding."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("causal", sdpa_attention_forward)
+    AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
+
+
 def build(job: Job, device: torch.device) -> Any:
     """The same weights for every implementation."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -175,9 +190,11 @@ def build(job: Job, device: torch.device) -> Any:
     spec = MODELS[job.model]
     sizes = spec.small if job.small else spec.sizes
     config = AutoConfig.for_model(spec.kind, use_cache=False, tie_word_embeddings=True, **sizes)
+    if job.attention == "causal":
+        register_causal_attention()
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=job.attention)
     model.loss_type = "ForCausalLM"  # GPT-2's class is not named so, and what transformers does then breaks the graph
     return model.to(device).train()
 
@@ -200,9 +217,11 @@ def _measure(job: Job, save: Callable[[Row], None]) -> None:
 
     def step_of(batch: int) -> Callable[[], Tensor]:
         tokens = torch.randint(len(head), (batch, job.length), device=device, generator=random)
+        left_out = torch.rand(tokens.shape, device=device, generator=random) < job.ignored
+        labels = tokens.masked_fill(left_out, IGNORED)
 
         def step() -> Tensor:
-            loss: Tensor = run(input_ids=tokens, labels=tokens).loss
+            loss: Tensor = run(input_ids=tokens, labels=labels).loss
             loss.backward()
             return loss.detach()
 

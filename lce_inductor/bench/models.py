@@ -6,7 +6,8 @@
     python -m lce_inductor.bench.models --small                             tiny versions of the models, for a CPU
 
 The models are transformers' own with random bf16 weights, sdpa attention and no dropout, called with labels; they
-return logits, and only the loss is read. A step is forward + backward; gradients are dropped between steps.
+return logits, and only the loss is read. --attention causal is sdpa without the explicit mask that transformers builds
+where it is traced; --ignored 0.75 leaves three quarters of the labels out. A step is forward + backward; gradients are dropped between steps.
 
 | column | meaning |
 |---|---|
@@ -37,16 +38,16 @@ from typing import Any
 import torch
 
 from . import plots, table
-from .arguments import converter, device_name, kind, positive_integer, present
+from .arguments import converter, device_name, kind, positive_integer, present, share
 from .measure import FAILED, OK, WRONG, run_isolated
-from .model_steps import MODELS, SMALL_BATCH, SMALL_LENGTH, WAYS, Job, Row
+from .model_steps import ATTENTION, MODELS, SMALL_BATCH, SMALL_LENGTH, WAYS, Job, Row
 
 GIB = 1 << 30
 # Rounding in bf16 parts single elements of a gradient, far less its norm; what is wrong parts both.
 LIMITS = {"err_loss": 2e-2, "err_norm_head": 2e-2, "err_norm_layer": 2e-2, "err_head": 0.25, "err_layer": 0.25}
 HEADINGS = ("", "ms", "tokens/s", "added GiB", "loss", "difference", "norms", "grads", "largest", "")
 CSV_FIELDS = (
-    "model", "implementation", "batch", "length", "device", "small", "status", "ms", "tokens_per_s", "added_bytes",
+    "model", "implementation", "batch", "length", "attention", "ignored", "device", "small", "status", "ms", "tokens_per_s", "added_bytes",
     "weight_bytes", "loss", *LIMITS, "largest_batch", "too_large_batch", "first_s", "reps", "torch", "hardware",
     "detail",
 )  # fmt: skip
@@ -137,7 +138,20 @@ def main(argv: Sequence[str]) -> int:
             lock = str(Path(cache) / "turn") if args.ahead else None
             for way in (way for way in ways if name in WAYS[way].models):
                 size = (args.batch or batch, args.length or length)
-                jobs.append(Job(name, way, *size, device, args.small, args.reps, args.largest_batch, lock))
+                jobs.append(
+                    Job(
+                        name,
+                        way,
+                        *size,
+                        device,
+                        args.small,
+                        args.reps,
+                        args.largest_batch,
+                        lock,
+                        args.attention,
+                        args.ignored,
+                    )
+                )
         found = {pool.submit(run_isolated, Row.__module__, job, Path(cache), args.timeout): job for job in jobs}
         for done in as_completed(found):
             job, mine = found[done], rows[found[done].model]
@@ -150,7 +164,9 @@ def main(argv: Sequence[str]) -> int:
     tables = {name: judged([mine[way] for way in ways if way in mine]) for name, mine in rows.items() if mine}
     for name, part in tables.items():
         weights = next((f", weights {row.weight_bytes / GIB:.2f} GiB" for row in part if row.weight_bytes), "")
-        title = f"{name}{' (small)' * args.small}, {part[0].job.batch} x {part[0].job.length} tokens, bfloat16{weights}"
+        job = part[0].job
+        title = f"{name}{' (small)' * args.small}, {job.batch} x {job.length} tokens, bfloat16{weights}"
+        title += f", {job.attention} attention" + (f", {job.ignored:.0%} of the labels ignored" if job.ignored else "")
         table.print_columns(title, [HEADINGS, *map(cells, part)])
     if args.plot is not None:
         bars = {
@@ -185,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", type=converter(device_name), default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--batch", type=whole, metavar="B", help="sequences of a step (default: each model's own)")
     add("--length", type=whole, metavar="T", help="tokens of a sequence (default: each model's own)")
+    add("--attention", choices=ATTENTION, default="sdpa", help="sdpa, or causal: sdpa without an explicit mask")
+    add("--ignored", type=converter(share), default=0.0, metavar="SHARE", help="of the labels, from 0 to below 1 (0)")
     add("--small", action="store_true", help="the same models with two layers of width 32, in seconds on a CPU")
     add("--reps", type=whole, default=8, metavar="INT", help="steps timed (default: 8)")
     add("--largest-batch", action="store_true", help="look for it as well (CUDA; some compilations more for each row)")

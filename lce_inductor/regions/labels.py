@@ -177,7 +177,11 @@ class Labels:
 
     def fact(self, node: Node) -> Fact:
         if node not in self._facts:
-            self._facts[node] = stack(node) if self._views_stack(node) else fact(node)
+            try:
+                self._facts[node] = stack(node) if self._views_stack(node) else fact(node)
+            except Crossing as crossing:
+                crossing.node = crossing.node or node
+                raise
         return self._facts[node]
 
     def _views_stack(self, node: Node) -> bool:
