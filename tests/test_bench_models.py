@@ -69,6 +69,17 @@ def test_the_model_is_the_named_one() -> None:
         assert model.get_parameter(MODELS[name].layer).ndim == 2
 
 
+def test_attention_without_a_mask_and_labels_left_out() -> None:
+    """Causal without a mask is what the mask says; a loss of fewer labels is another one."""
+    found: list[Row] = []
+    for changes in ({}, {"attention": "causal"}, {"attention": "causal", "ignored": 0.75}):
+        measure(dataclasses.replace(JOB, model="llama-1b", **changes), found.append)
+    masked, causal, fewer = found
+    assert {row.status for row in found} == {OK}
+    assert causal.loss == pytest.approx(masked.loss, rel=1e-5) and fewer.loss != pytest.approx(masked.loss, rel=1e-5)
+    assert causal.norms == pytest.approx(masked.norms, rel=1e-2)
+
+
 def test_what_does_nothing_or_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WAYS, "mine", Way("lce_inductor", compiled=False))
     torch._dynamo.utils.counters.clear()

@@ -6,8 +6,9 @@
     python -m lce_inductor.bench.models --small                             tiny versions of the models, for a CPU
 
 The models are transformers' own with random bf16 weights, sdpa attention and no dropout, called with labels; they
-return logits, and only the loss is read. --attention causal is sdpa without the explicit mask that transformers builds
-where it is traced; --ignored 0.75 leaves three quarters of the labels out. A step is forward + backward; gradients are dropped between steps.
+return logits, and only the loss is read. A step is forward + backward; gradients are dropped between steps.
+--attention causal is sdpa without the explicit mask that transformers builds where it is traced; --ignored 0.75 leaves
+three quarters of the labels out.
 
 | column | meaning |
 |---|---|
@@ -47,9 +48,9 @@ GIB = 1 << 30
 LIMITS = {"err_loss": 2e-2, "err_norm_head": 2e-2, "err_norm_layer": 2e-2, "err_head": 0.25, "err_layer": 0.25}
 HEADINGS = ("", "ms", "tokens/s", "added GiB", "loss", "difference", "norms", "grads", "largest", "")
 CSV_FIELDS = (
-    "model", "implementation", "batch", "length", "attention", "ignored", "device", "small", "status", "ms", "tokens_per_s", "added_bytes",
-    "weight_bytes", "loss", *LIMITS, "largest_batch", "too_large_batch", "first_s", "reps", "torch", "hardware",
-    "detail",
+    "model", "implementation", "batch", "length", "attention", "ignored", "device", "small", "status", "ms",
+    "tokens_per_s", "added_bytes", "weight_bytes", "loss", *LIMITS, "largest_batch", "too_large_batch", "first_s", "reps",
+    "torch", "hardware", "detail",
 )  # fmt: skip
 
 
