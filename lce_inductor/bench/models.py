@@ -49,8 +49,8 @@ LIMITS = {"err_loss": 2e-2, "err_norm_head": 2e-2, "err_norm_layer": 2e-2, "err_
 HEADINGS = ("", "ms", "tokens/s", "added GiB", "loss", "difference", "norms", "grads", "largest", "")
 CSV_FIELDS = (
     "model", "implementation", "batch", "length", "attention", "ignored", "device", "small", "status", "ms",
-    "tokens_per_s", "added_bytes", "weight_bytes", "loss", *LIMITS, "largest_batch", "too_large_batch", "first_s", "reps",
-    "torch", "hardware", "detail",
+    "tokens_per_s", "added_bytes", "weight_bytes", "loss", *LIMITS, "largest_batch", "too_large_batch", "first_s",
+    "reps", "torch", "hardware", "detail",
 )  # fmt: skip
 
 
