@@ -70,7 +70,7 @@ class _Code(NamedTuple):
     """fits: does it do for so many rows and these open sizes? any_rows: is it given the number of rows?"""
 
     call: Callable[..., Sequence[Tensor]]
-    fits: Callable[[int, list[int]], bool]
+    fits: Callable[[int, tuple[int, ...]], bool]
     any_rows: bool
 
 
@@ -121,7 +121,7 @@ def clear() -> None:
 def _find(key: Key, n: int) -> _Code | None:
     if n == 1:  # Inductor would make code of its own for it
         return None
-    shared, free = key.of_code(), [key.sizes[i] for i in key.open_sizes()]
+    shared, free = key.of_code(), tuple(key.sizes[i] for i in key.open_sizes())
     found, known = _known(shared, n, free)
     if known or _is_capturing(key.device):
         return found
@@ -141,7 +141,7 @@ def _find(key: Key, n: int) -> _Code | None:
         return code
 
 
-def _known(key: Key, n: int, free: list[int]) -> tuple[_Code | None, bool]:
+def _known(key: Key, n: int, free: tuple[int, ...]) -> tuple[_Code | None, bool]:
     with _lock:
         for rows in (None, n):
             if (key, rows) in _codes:
@@ -189,7 +189,8 @@ def _compile(key: Key, n: int, any_rows: bool) -> _Code:
         call: Any = compile_fx(graph, [*examples, *numbers])
     guards = [guard.expr for guard in shape_env.guards]
 
-    def fits(count: int, sizes: list[int]) -> bool:
+    @functools.lru_cache(maxsize=64)  # sympy takes half a millisecond, more than a chunk's first product
+    def fits(count: int, sizes: tuple[int, ...]) -> bool:
         """Does what Inductor took for granted hold?"""
         if count != n and not (any_rows and count > 1):
             return False
