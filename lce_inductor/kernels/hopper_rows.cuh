@@ -139,35 +139,38 @@ extern "C" __global__ void __launch_bounds__(256) lce_count(const __grid_constan
     if (lane == 0) a.counts[row] = counts;
 }
 
-// One block: each of its threads takes as many rows, and puts those that count behind those of the threads before it.
+// One block: each of its warps takes as many rows, and puts those that count behind those of the warps before it.
 extern "C" __global__ void __launch_bounds__(1024) lce_pack(const __grid_constant__ Arguments a) {
     __shared__ int before_warp[32];
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, each = (a.N + 1023) / 1024;
-    const int first = min(thread * each, a.N), end = min(first + each, a.N);
+    constexpr u32 ALL = 0xffffffff;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (a.N + 1023) / 1024 * 32;
+    const int first = min(warp * each, a.N), end = min(first + each, a.N);
     int mine = 0;
-    for (int row = first; row < end; ++row) mine += a.counts[row];
-    int place = mine;  // up to and with this thread's
+#pragma unroll 8
+    for (int row = first + lane; row - lane < end; row += 32) mine += row < end && a.counts[row];
 #pragma unroll
-    for (int i = 1; i < 32; i <<= 1) {
-        const int below = __shfl_up_sync(0xffffffff, place, i);
-        if (lane >= i) place += below;
-    }
-    if (lane == 31) before_warp[warp] = place;
+    for (int i = 16; i > 0; i >>= 1) mine += __shfl_xor_sync(ALL, mine, i);
+    if (lane == 0) before_warp[warp] = mine;
     __syncthreads();
     if (warp == 0) {
         int sum = before_warp[lane];
 #pragma unroll
         for (int i = 1; i < 32; i <<= 1) {
-            const int below = __shfl_up_sync(0xffffffff, sum, i);
+            const int below = __shfl_up_sync(ALL, sum, i);
             if (lane >= i) sum += below;
         }
         before_warp[lane] = sum;
     }
     __syncthreads();
-    place += (warp > 0 ? before_warp[warp - 1] : 0) - mine;
-    if (thread == 0) *a.counted = before_warp[31];
-    for (int row = first; row < end; ++row)
-        if (a.counts[row]) a.packed[place++] = row;
+    if (threadIdx.x == 0) *a.counted = before_warp[31];
+    int place = before_warp[warp] - mine;
+#pragma unroll 4
+    for (int row = first + lane; row - lane < end; row += 32) {
+        const bool counts = row < end && a.counts[row];
+        const u32 here = __ballot_sync(ALL, counts);
+        if (counts) a.packed[place + __popc(here & ((1u << lane) - 1))] = row;
+        place += __popc(here);
+    }
 }
 
 // A warp for each row of a chunk: x of the rows that count, and zeros up to the end of their last pair of row tiles.
