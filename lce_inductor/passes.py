@@ -102,6 +102,11 @@ class HeadsPass(_Pass):
         try:
             simplified = backup is not None and simplify(graph)
             decision = regions.decide(graph, self.config)
+            if twice := regions.repeated(decision):
+                simplified, backup = True, backup or Backup(graph)
+                for node, first in twice:
+                    node.replace_all_uses_with(first)
+                decision = regions.decide(graph, self.config)
             if regions.ask_for_rows(decision, self.config):
                 decision = regions.decide(graph, self.config)
             if decision.chosen:

@@ -237,3 +237,21 @@ def _kept(package: bool) -> int:
 def test_chunks_keep_no_more_than_without():
     """One gradient of the weight, not one of each chunk; and that of x, which a fifth more has room for."""
     assert _kept(True) <= 1.2 * _kept(False)
+
+
+def test_chunks_of_changing_lengths_are_rewritten():
+    """The second length makes a symbol of each input's rows, and a chunk's rows a function of one of them."""
+
+    def step(x, w, y):
+        parts = zip(x.chunk(3), y.chunk(3))
+        return sum(F.cross_entropy(F.linear(h, w), t, reduction="sum") for h, t in parts)
+
+    x, w, y = (
+        t if i == 1 else t.repeat(10, *[1] * (t.dim() - 1))
+        for i, t in enumerate(make_inputs(("x", "w", "y"), torch.float64))
+    )
+    x, w = (t.detach().requires_grad_() for t in (x, w))
+    args = [[x[:n].detach().requires_grad_(), w, y[:n]] for n in (240, 170, 101, 3)]
+    verdict = judge(step, args[0], more=args[1:])
+    assert not verdict.failed, verdict
+    assert not verdict.refused and verdict.rewritten >= 6, verdict

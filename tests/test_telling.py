@@ -142,6 +142,23 @@ def test_returned_logits_are_held(what):
     assert (found.saved_bytes, found.held_bytes) == (0, N * WIDE * 4) and codes(found) == ["returned"]
 
 
+TWICE = {
+    "returned": (lambda x, y: (F.cross_entropy(lin(x), y), lin(x)), ["returned"]),
+    "returned first": (lambda x, y: (lin(x), F.cross_entropy(lin(x), y)), ["returned"]),
+    "over rows": (lambda x, y: F.cross_entropy(lin(x), y) + lin(x).softmax(0).amax(), ["crossing"]),
+    "two losses": (lambda x, y: F.cross_entropy(lin(x), y) + F.cross_entropy(lin(x), y - 1), [None, None]),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+def test_logits_that_are_written_twice_are_there_once(what):
+    """torch.compile computes a product once; so does the package, and where one reader holds it nothing is saved."""
+    fn, expected = TWICE[what]
+    found = told(fn, torch.randn(N, H), torch.randint(1, WIDE, (N,)))
+    assert codes(found) == expected
+    assert (found.saved_bytes == 0) == (expected[0] is not None)
+
+
 # -- the code in force
 
 

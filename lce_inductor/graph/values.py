@@ -64,6 +64,21 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b))
 
 
+def roots(a: Any, b: Any) -> tuple[Any, Any]:
+    """The symbols that two sizes are the same function of, where they are: of a third of the rows each, all the rows. A
+    guard that these are equal lets torch see it of whatever is computed from them."""
+    if not (isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)):
+        return a, b
+    from torch.fx.experimental.sym_node import SymNode  # brings sympy along
+
+    p, q, env = a.node.expr, b.node.expr, a.node.shape_env
+    mine, others = p.free_symbols - q.free_symbols, q.free_symbols - p.free_symbols
+    if len(mine) != 1 or len(others) != 1 or p.xreplace(dict(zip(mine, others))) != q:
+        return a, b
+    first, second = (torch.SymInt(SymNode(s, env, int, None)) for s in (*mine, *others))
+    return first, second
+
+
 def has_hint(size: Any) -> bool:
     """Is it known how large a size was when the graph was traced?"""
     return isinstance(size, int) or bool(getattr(size.node, "has_hint", bool)())

@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..config import Config
-from ..graph.values import device_type, equal_values, has_hint, numel_hint, same, size_hint, source
+from ..graph.values import device_type, equal_values, has_hint, numel_hint, roots, same, size_hint, source
 from ..graph.write import sort
 from ..lower.chunk_plan import ChunkPlan, peak_bytes, saves_little
 from ..lower.plan import (
@@ -190,10 +190,24 @@ def ask_for_rows(decision: Decision, config: Config) -> bool:
             continue
         a = bound(problem.node)
         pairs = zip(a["self"].meta["val"].shape, a["index"].meta["val"].shape)
-        different = [(p, q) for d, (p, q) in enumerate(pairs) if d != at(a["dim"], rank(a["self"])) and not same(p, q)]
+        different = [
+            roots(p, q) for d, (p, q) in enumerate(pairs) if d != at(a["dim"], rank(a["self"])) and not same(p, q)
+        ]
         if different and all(has_hint(p) and has_hint(q) and size_hint(p) == size_hint(q) for p, q in different):
             asked = all(bool(p == q) for p, q in different) or asked  # this is what adds the guard
     return asked
+
+
+def repeated(decision: Decision) -> list[tuple[Node, Node]]:
+    """Heads that are written twice and of which one is left alone, each with its first: torch.compile computes them once,
+    so that the logits of the other are there as well."""
+    chosen = {n for region in decision.chosen for n in region.heads}
+    found: list[tuple[Node, Node]] = []
+    for node in decision.heads if chosen else ():
+        first = next(n for n in decision.heads if n.target is node.target and equal_values(n.args, node.args))
+        if (first in chosen) != (node in chosen) and first.meta.get("recompute") == node.meta.get("recompute"):
+            found.append((node, first))
+    return found
 
 
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
@@ -433,4 +447,4 @@ def _programs(made: list[Node]) -> list[str]:
     return [a for n in made if n.target is ops.row_region.default for a in n.args if isinstance(a, str)]
 
 
-__all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "scheduled"]
+__all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "repeated", "scheduled"]
