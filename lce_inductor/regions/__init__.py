@@ -199,8 +199,8 @@ def ask_for_rows(decision: Decision, config: Config) -> bool:
 
 
 def repeated(decision: Decision) -> list[tuple[Node, Node]]:
-    """Heads that are written twice and of which one is left alone, each with its first: torch.compile computes them once,
-    so that the logits of the other are there as well."""
+    """Heads that are written twice and of which one is left alone, each with its first: torch.compile computes them
+    once, so that the logits of the other are there as well."""
     chosen = {n for region in decision.chosen for n in region.heads}
     found: list[tuple[Node, Node]] = []
     for node in decision.heads if chosen else ():
