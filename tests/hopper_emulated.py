@@ -33,6 +33,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )  # fmt: skip
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 6)
     monkeypatch.setattr(hopper, "_kernels", kernels)
+    monkeypatch.setattr(hopper, "_try", lambda variants, device: kernels(variants, (), 0))
+    monkeypatch.setattr(hopper, "gradients", functools.lru_cache(hopper.gradients.__wrapped__))
     monkeypatch.setattr(hopper, "_prepared", functools.lru_cache(hopper._prepared.__wrapped__))
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "need_context", lambda: None)
@@ -105,6 +107,8 @@ class Product:
             if not found[0]:
                 return
         self.launched.append(" ".join(sorted(flags)))
+        if "GRADIENT" in flags:
+            return self._gradients(a, x, weight, e_out)
         tiles = -(-V // hopper.COLUMNS)
         rows = torch.arange(a.row0, a.row0 + n)
         if a.order:
@@ -154,6 +158,32 @@ class Product:
             wanted &= written
             e_out[:, :V][wanted] = stored.to(e_out.dtype)[wanted]
             e_out[:, V:][wanted] = 0
+
+    def _gradients(self, a: hopper.LogitsArguments, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        flags, n, V = self.variant.flags, a.rows, a.columns
+        assert n == len(x) == len(out) and V <= out.shape[1] < V + 64 and x.dtype == weight.dtype == out.dtype
+        assert ("HALF" in flags) == (x.dtype == torch.float16) and not a.counted
+
+        def of(address: int | None, flag: str, count: int = n) -> Tensor:
+            assert flag in flags
+            return _at(address, count, ctypes.c_float, torch.float32)
+
+        z = x.float() @ weight.float().t()
+        if "HAS_BIAS" in flags:
+            z = z + of(a.bias, "HAS_BIAS", V)
+        z, slope = apply_with_slope(self.variant.steps, z)
+        lse = of(a.lse, "GRADIENT")[:, None]
+        g = of(a.g_lse, "GRADIENT")[:, None] * (z - lse).exp()
+        if "HAS_BIAS" in flags:
+            g = torch.where((z == -torch.inf) & lse.isfinite(), 0.0, g)
+        if "HAS_SUM" in flags:
+            g_sum = of(a.g_sum, "HAS_SUM")[:, None]
+            g = g + g_sum * (of(a.class_weight, "HAS_SUM", V) if a.class_weight else 1)
+        if "HAS_TARGET" in flags:
+            target = _at(a.target, 1 + (n - 1) * a.stride_t, ctypes.c_longlong, torch.int64)[:: a.stride_t or 1]
+            columns = target.expand(n)[:, None] - a.class0
+            g = g + torch.where(columns == torch.arange(V), of(a.g_target, "HAS_TARGET")[:, None], 0.0)
+        out[:, :V], out[:, V:] = g if slope is None else g * slope, 3.0  # beyond the classes: anything
 
 
 class RowsKernel:

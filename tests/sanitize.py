@@ -17,7 +17,7 @@ import counting_cases
 import rows_cases
 from rows_cases import ALL, ALWAYS_OURS, GRADS, Case, Planned
 
-from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON, POLICIES
+from lce_inductor.lower.device_policy import ANCHORED, ANCHORED_TRITON, KNOWN, POLICIES
 from lce_inductor.lower.plan import capabilities
 from lce_inductor.spec.statistics import LSE, SUM, TARGET, RowGrads
 
@@ -41,6 +41,13 @@ ANCHORED_CASES = [
     for K, grads in ((1, ("lse", "target", "sum")), (0, ("lse",)))
     for bias in (False, True)
     for scale in (3.0, 200.0)  # at 200 rows saturate and are computed again
+]
+
+KNOWN_CASES = [
+    Case(N=N, H=H, V=V, K=K, bias=bias, class_weight=bias, dtype=torch.bfloat16, grads=grads)
+    for N, H, V in ((37, 72, 203), (300, 200, 1025), (1, 8, 65))
+    for K, grads in ((1, ("lse", "target", "sum")), (1, ("lse", "target")), (0, ("lse",)))
+    for bias in (False, True)
 ]
 
 
@@ -73,6 +80,14 @@ def main() -> None:
         for count in counts:
             counting_cases.check(Planned(ANCHORED, device, ALWAYS_OURS), counting_cases.SMALL, count, "cuda", 1.25)
         ran.append(f"rows that count, packed: {len(counts)} cases")
+        known = KNOWN_CASES if device.hopper else []
+        for case in known:
+            a, grads = rows_cases.make(case, "cuda")
+            lse = torch.full((case.N,), 5.0, dtype=torch.float64, device="cuda")
+            for classes in (64, 200, 1024):
+                Planned(KNOWN, device, classes=classes).backward(a, lse, None, grads, (True, True, case.bias))
+        torch.cuda.synchronize()
+        ran.append(f"{KNOWN}: {len(known)} cases")
     print("\n".join(ran))
 
 

@@ -46,6 +46,9 @@ VARIANTS = [
     variant("STORE SUM REDO HAS_BIAS", EVERY_STEP),
     variant("STORE SUM PLAIN"),
     variant("STORE SUM PLAIN HALF"),
+    variant("STORE GRADIENT HAS_TARGET"),
+    variant("STORE GRADIENT"),
+    variant("STORE GRADIENT HAS_TARGET HAS_BIAS HAS_SUM", EVERY_STEP),
     variant("DX"),
     variant("DX HALF"),
     variant("DW"),
@@ -101,6 +104,10 @@ def test_compiles_to_what_was_meant(v: hopper_source.Variant, tmp_path: Path) ->
         (variant("STORE SUM HAS_TARGET HAS_BIAS"), 16),  # once a tile
         (variant("STORE SUM PLAIN"), 12),  # these too, and the next once a part of one
         (variant("STORE SUM PLAIN HALF"), 28),
+        (variant("STORE GRADIENT HAS_TARGET"), 0),
+        (variant("STORE GRADIENT HAS_TARGET", SOFTCAP), 0),
+        (variant("STORE GRADIENT HAS_TARGET HAS_BIAS"), 24),
+        (variant("STORE GRADIENT HAS_TARGET HAS_SUM"), 28),
         (variant("DX"), 2),
         (variant("DW"), 0),
     ],

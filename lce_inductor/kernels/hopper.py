@@ -4,6 +4,7 @@ The products have what Triton 3.6 cannot say: clusters of two blocks that share 
 turns, so that what is done with a product's result costs no time of its own. They are
 
     launch_logits           logits as eager rounds them, with what their logsumexp needs
+    launch_gradients        the gradient of logits whose lse is known, of a block of classes
     Launches.exponentials   E of the anchored softmax
     launch_dx               E or dZ times the weight
     launch_dw               dW (+)= E or dZ, transposed, times x
@@ -61,6 +62,20 @@ class Products(NamedTuple):
     logits: nvrtc.Kernel
     dx: nvrtc.Kernel
     dw: nvrtc.Kernel
+
+
+@functools.lru_cache(maxsize=128)
+def gradients(
+    device: torch.device, dtype: torch.dtype, bias: bool, target: bool, sums: bool, steps: Steps
+) -> nvrtc.Kernel | None:
+    """The kernel for launch_gradients; None as for `products`. Which of its arguments are there?"""
+    flags = {
+        "HAS_BIAS": bias, "HAS_TARGET": target, "HAS_SUM": sums, "HAS_STEPS": bool(steps),
+        "HALF": dtype == torch.float16,
+    }  # fmt: skip
+    variant = Variant(frozenset({"STORE", "GRADIENT", *(flag for flag, here in flags.items() if here)}), steps)
+    found = _try((variant,), device) if dtype in DTYPES else None
+    return None if found is None else found.products[0]
 
 
 @functools.cache
@@ -312,13 +327,52 @@ def launch_logits(
         sums, maxima: fp32 [tiles of COLUMNS classes, n]: of a row's logits in a tile the largest, and the sum of
             exp(logit - largest), or of exp(logit) where the largest is infinite.
     """
-    nvrtc.need_context()
     n, (V, H) = len(z), weight.shape
-    pairs = ceil_div(n, PAIR)
     a = LogitsArguments(
-        rows=n, columns=V, inner=H, row0=row0, x_row0=row0, group=_group(pairs), sums=sums.data_ptr(),
-        maxima=maxima.data_ptr(), part_stride=n,
+        rows=n, columns=V, inner=H, row0=row0, x_row0=row0, sums=sums.data_ptr(), maxima=maxima.data_ptr(),
+        part_stride=n,
     )  # fmt: skip
+    _launch_first(kernel, z, x, weight, a)
+
+
+class RowGradients(NamedTuple):
+    """What launch_gradients takes of each row: [N] in fp32, contiguous; target: int64 [N], any stride. None: zeros."""
+
+    lse: Tensor
+    g_lse: Tensor
+    target: Tensor | None
+    g_target: Tensor | None
+    g_sum: Tensor | None
+
+
+def launch_gradients(
+    kernel: nvrtc.Kernel, z: Tensor, x: Tensor, weight: Tensor, rows: RowGradients, class0: int, bias: Tensor | None,
+    class_weight: Tensor | None,
+) -> None:  # fmt: skip
+    """z = f'(y) (g_lse exp(f(y) - lse) + g_sum class_weight, and g_target more at the target), y = x @ weight^T + bias,
+    rounded once, on the current stream and device.
+
+    Args:
+        kernel: of `gradients` for the device, the dtype of z, x and weight, and the epilogue f.
+        z: [N, at least V], x: [N, H], weight: [V, H]. Rows are 16-byte aligned; z beyond V is overwritten, too.
+        class0: the class of weight[0], as targets count.
+        bias, class_weight: fp32 [V], contiguous, or None.
+    """
+    target, (V, H) = rows.target, weight.shape
+    a = LogitsArguments(
+        rows=len(z), columns=V, inner=H, target=_address(target), class0=class0, bias=_address(bias),
+        stride_t=0 if target is None else target.stride(0), class_weight=_address(class_weight),
+    )  # fmt: skip
+    a.lse, a.g_lse, a.g_target, a.g_sum = map(_address, (rows.lse, rows.g_lse, rows.g_target, rows.g_sum))
+    _launch_first(kernel, z, x, weight, a)
+
+
+def _launch_first(kernel: nvrtc.Kernel, z: Tensor, x: Tensor, weight: Tensor, a: LogitsArguments) -> None:
+    """A first product into all of z."""
+    nvrtc.need_context()
+    n, V = len(z), len(weight)
+    pairs = ceil_div(n, PAIR)
+    a.group = _group(pairs)
     maps = (
         nvrtc.tensor_map(x, len(x), ROWS),
         nvrtc.tensor_map(weight, V, COLUMNS // 2),

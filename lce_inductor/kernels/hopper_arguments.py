@@ -17,7 +17,7 @@ class LogitsArguments(ctypes.Structure):
 
     _fields_ = _fields(
         "rows columns inner row0 group int, anchor bias target ptr, stride_t i64, sums maxima ptr, part_stride i64, "
-        "row_max flag found ptr, x_row0 int, order counted ptr"
+        "row_max flag found ptr, x_row0 int, order counted ptr, class0 int, lse g_lse g_target g_sum class_weight ptr"
     )
 
 

@@ -3,7 +3,9 @@
 // What the host defines: epilogue() (text), HAS_BIAS, HAS_STEPS, HAS_TARGET, and any of STORE (write E), SUM (write sums
 // and maxima over a tile's columns), REDO (only pairs of row tiles with a saturated row, with new anchors for those rows).
 // With STORE, SUM and PLAIN it is the logits themselves that are written, rounded to bf16 or, with HALF, to fp16; sums and
-// maxima are of what is written, the exponentials in a sum below the maximum beside it.
+// maxima are of what is written, the exponentials in a sum below the maximum beside it. With STORE and GRADIENT it is the
+// gradient of the logits, where lse is known: of a block of classes, which bias and class_weight are of, too. HAS_SUM: it
+// comes from the sum of logits as well.
 
 constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = false;  // both operands are K-major
 constexpr int BOX_BYTES = BM * 128;       // a part of E on its way out: 64 columns
@@ -26,9 +28,14 @@ struct Arguments {
     int x_row0;                        // where the chunk begins in what its x is fetched from
     const int* order;                  // [N], the rows in the chunks' order; null: as they are
     const int* counted;                // how many of them count; null: all
+    int class0;                        // the block's first class, which targets are counted from
+    const float *lse, *g_lse, *g_target, *g_sum;  // [N]
+    const float* class_weight;         // [V], of the sum; null: ones
 };
 
-__device__ __forceinline__ int rows_of(const Arguments& a) { return PLAIN ? a.rows : rows_to_write(a.rows, a.row0, a.counted); }
+__device__ __forceinline__ int rows_of(const Arguments& a) {
+    return PLAIN || GRADIENT ? a.rows : rows_to_write(a.rows, a.row0, a.counted);
+}
 __device__ __forceinline__ int inner_of(const Arguments& a) { return a.inner; }
 __device__ __forceinline__ bool nothing_to_do(const Arguments& a) { return (REDO && a.found[0] == 0) || rows_of(a) == 0; }
 __device__ __forceinline__ bool wanted(const Arguments& a, int m) { return !REDO || a.found[1 + m / (2 * BM)] != 0; }
@@ -109,18 +116,89 @@ __device__ __forceinline__ void plain(const Arguments& a, float (&acc)[BN / 2], 
     }
 }
 
+// A number of each column of the tile by way of shared memory, from this thread's first column on. values: null for ones.
+// WHICH: there may be several.
+template <int WHICH>
+__device__ __forceinline__ const float* of_columns(const Arguments& a, const float* values, int first_v, int warpgroup) {
+    __shared__ float tile[2][BN];
+    warpgroup_sync(warpgroup);  // the tile before may still be reading it
+    for (int i = threadIdx.x & 127; i < BN; i += 128)
+        tile[warpgroup][i] = !values ? 1.0f : first_v + i < a.columns ? values[first_v + i] : 0.0f;
+    warpgroup_sync(warpgroup);
+    return tile[warpgroup] + 2 * (threadIdx.x & 3);
+}
+
+struct RowGradient {
+    float lse, hidden, u, s, d;  // the gradients of lse, of the sum, and of the logit at the target
+    int out;                     // where that is, from this thread's first column; -1: not in this tile
+};
+
+// 64 rows of the tile: `acc` to slope (u exp(z - lse) + s c + d at the target), as pairs in its first half. The target's
+// logit is as exact as lse is, so that nothing is lost where its probability is near one.
+// AT_TARGET: one of these rows has its target here.
+template <bool AT_TARGET>
+__device__ __forceinline__ void gradients(float (&acc)[BN / 2], const RowGradient (&row)[2], const float* bias,
+                                          const float* class_weight) {
+    FOR(j, BN / 8) {
+        float2 added = {0.0f, 0.0f}, weight = {0.0f, 0.0f};
+        if (HAS_BIAS) added = *(const float2*)(bias + 8 * j);
+        if (HAS_SUM) weight = *(const float2*)(class_weight + 8 * j);
+        FOR(h, 2) {
+            float g[2];
+            FOR(c, 2) {
+                float z = acc[4 * j + 2 * h + c], slope = 1.0f;
+                if (HAS_BIAS) z += c ? added.y : added.x;
+                if (HAS_STEPS) epilogue(z, slope);
+                g[c] = row[h].u * exp2_fast((z - row[h].lse) * LOG2E);
+                // As in rows.py: a masked class has no gradient, where zero times an infinite one would be NaN.
+                if (HAS_BIAS && z == row[h].hidden) g[c] = 0.0f;
+                if (HAS_SUM) g[c] = fmaf(row[h].s, c ? weight.y : weight.x, g[c]);
+                if (AT_TARGET) g[c] += 8 * j + c == row[h].out ? row[h].d : 0.0f;
+                if (HAS_STEPS) g[c] *= slope;
+            }
+            acc[2 * j + h] = __uint_as_float(pack(g[0], g[1]));
+        }
+    }
+}
+
+// The gradient of the logits, packed in the first half of `acc`.
+__device__ __forceinline__ void prepare_gradients(const Arguments& a, float (&acc)[2][BN / 2], int first_n, int first_v,
+                                                  const float* bias, int warpgroup) {
+    const int warp = (threadIdx.x & 127) / 32, lane = threadIdx.x % 32;
+    const float* weight = HAS_SUM ? of_columns<1>(a, a.class_weight, first_v, warpgroup) : nullptr;
+    FOR(m, 2) {
+        RowGradient here[2];
+        bool at_target = false;
+        FOR(h, 2) {
+            const int local = first_n + 64 * m + 16 * warp + lane / 4 + 8 * h;
+            const bool inside = local < a.rows;  // what is written of a row that is not there goes nowhere
+            const long long row = inside ? (long long)a.row0 + local : 0;
+            RowGradient& r = here[h];
+            r = {a.lse[row], 0.0f, a.g_lse[row], 0.0f, 0.0f, -1};
+            if (HAS_BIAS) r.hidden = fabsf(r.lse) < INF ? -INF : __int_as_float(0x7fffffff);
+            if (HAS_SUM) r.s = a.g_sum[row];
+            if (HAS_TARGET && inside) {
+                const long long t = a.target[row * a.stride_t] - a.class0 - first_v;
+                if (t >= 0 && t < min(BN, a.columns - first_v)) {
+                    r.out = (int)t - 2 * (lane & 3);
+                    r.d = a.g_target[row];
+                    at_target = true;
+                }
+            }
+        }
+        if (__any_sync(0xffffffff, at_target))
+            gradients<true>(acc[m], here, bias, weight);
+        else
+            gradients<false>(acc[m], here, bias, weight);
+    }
+}
+
 // E, packed in the first half of `acc`, its sums and the largest logits: all that does not need the staging buffer.
 __device__ __forceinline__ void prepare(const Arguments& a, float (&acc)[2][BN / 2], int first_n, int first_v,
                                         int warpgroup) {
     const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread % 32;
-    const float* bias = nullptr;  // of this thread's first column
-    if (HAS_BIAS) {
-        __shared__ float tile_bias[2][BN];
-        warpgroup_sync(warpgroup);  // the tile before may still be reading it
-        for (int i = thread; i < BN; i += 128) tile_bias[warpgroup][i] = first_v + i < a.columns ? a.bias[first_v + i] : 0.0f;
-        warpgroup_sync(warpgroup);
-        bias = tile_bias[warpgroup] + 2 * (lane & 3);
-    }
+    const float* bias = HAS_BIAS ? of_columns<0>(a, a.bias, first_v, warpgroup) : nullptr;
+    if (GRADIENT) return prepare_gradients(a, acc, first_n, first_v, bias, warpgroup);
     float shift[2][2];
     int out[2][2];
     bool aside[2];

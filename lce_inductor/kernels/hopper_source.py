@@ -14,7 +14,7 @@ ROWS, COLUMNS = 128, 192  # of a tile
 DEPTH = 64  # of the inner dimension, in one step
 CLAIMED = 16  # items that a cluster of the product for dX keeps in mind
 _ARGUMENTS = {"logits": LogitsArguments, "dx": DxArguments, "dw": DwArguments}
-_FLAGS = ("STORE", "SUM", "REDO", "PLAIN", "HALF", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET")
+_FLAGS = ("STORE", "SUM", "REDO", "PLAIN", "GRADIENT", "HALF", "HAS_BIAS", "HAS_STEPS", "HAS_TARGET", "HAS_SUM")
 
 
 class Variant(NamedTuple):
@@ -37,6 +37,8 @@ class Variant(NamedTuple):
         """Of the kernel, as a profile shows it."""
         if self.product != "logits" or "PLAIN" in self.flags:
             return f"lce_{self.product}"
+        if "GRADIENT" in self.flags:
+            return "lce_gradients"
         return "lce_exponentials_redo" if "REDO" in self.flags else "lce_exponentials"
 
     @property

@@ -74,10 +74,13 @@ def saves_little(heads: Sequence[tuple[ChunkPlan, int, int, int, int]], dw: bool
 
 
 def anchored_peak_bytes(p: ChunkPlan, N: int, H: int, V: int, dx: bool, dw: bool, packs: bool = False) -> int:
-    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out.
-
-    x is taken to have rows that begin on 32 bytes if H allows it; else it is copied to such rows.
-    """
-    copied = N * round_up(H, 16) * 2 if H % 16 else 0
+    """The same for the anchored softmax in bf16, whose sums are always fp32; the targets' sorted order left out."""
+    copied = copied_x_bytes(N, H)
     chunk = p.rows * p.row_stride * 2 + p.rows * H * (4 * dx + 2 * dw + 2 * packs) + ceil_div(V, 192) * p.rows * 8
     return copied + (N * H * 2 if dx else 0) + (V * H * 4 + max(chunk, V * H * 2) if dw else chunk)
+
+
+def copied_x_bytes(N: int, H: int) -> int:
+    """Of a copy of x in 16 bits whose rows begin on 32 bytes, for our products on sm_90. x is taken to be so itself if
+    H allows it."""
+    return N * round_up(H, 16) * 2 if H % 16 else 0

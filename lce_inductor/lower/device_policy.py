@@ -27,6 +27,8 @@ ANCHORED = "anchored softmax"
 # Chosen on sm_90 without NVRTC alone, and measured nowhere else: it is what is left of the speed there, and what the
 # interpreter can test of the algorithm without a GPU.
 ANCHORED_TRITON = "anchored softmax in Triton"
+# Of blocks of classes alone, where the forward has left lse: the gradient of the logits from the product itself.
+KNOWN = "known softmax"
 ROWS = "row kernel"
 BLOCKS = "blocks of ATen"
 
@@ -100,7 +102,8 @@ class Anchored:
 class Products:
     """Where our products on sm_90 are faster than the library's.
 
-    logits_least_N, logits_least_V: below these sizes the pass over the logits that ours saves is short.
+    logits_least_N, logits_least_V: below these sizes, V of a chunk or of a block of classes, the pass over the logits
+        that ours saves is short.
     dx_least_H, dx_library_full, dx_full: the library's tiles of 128 x 256 fill less than `dx_library_full` of the GPU
         and ours at least `dx_full`, at H = 1024 or more.
     dw_full: of dW's tiles of 192 columns, at least that part is not empty.
@@ -152,7 +155,7 @@ POLICIES = {
         Memory(bytes=256 << 20, least_rows=512),
         # Where H is small their sums into dW are the library's: 0.2 ms a chunk at 16384 x 1024 x 50304, H200.
         regions=dataclasses.replace(_CUDA, target_rows=6144, rows_per_hidden=6),
-        algorithms=(ANCHORED, ANCHORED_TRITON, ROWS, BLOCKS),
+        algorithms=(ANCHORED, ANCHORED_TRITON, KNOWN, ROWS, BLOCKS),
         sums_are_scaled=True,
     ),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.

@@ -4,7 +4,7 @@ lse is known then, and dZ of a block of classes needs nothing of the others: its
 product, rounded once. So dW has no sums in fp32 beside it; dX has, [N, H], which all blocks add to.
 
     for classes v of V:     Z = x W[v]^T        [N, v]
-                            dZ in place of Z
+                            dZ in place of Z    (the known softmax: by the product that makes Z, which is never there)
                             dX += dZ W[v]       fp32
                             dW[v] = dZ^T x
 
@@ -13,15 +13,18 @@ A block of classes is a head of fewer classes, whose targets are counted from it
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
+from ..kernels import hopper, nvrtc
 from ..spec.sizes import round_up
 from ..spec.statistics import NO_TARGET, HeadArgs, RowGrads, stat_dtype
 from . import head_cpu, head_cuda
-from .device_policy import ROWS
+from .device_policy import BLOCKS, KNOWN
 from .plan import Mask, Plan
-from .products import input_gradient, weight_gradient, with_factors
+from .products import input_gradient, on_sectors, weight_gradient, with_factors
 from .sums import add_widened
 
 
@@ -37,9 +40,9 @@ def _run(
     a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, p: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert p.classes is not None
-    a, several = with_factors(a), p.classes.count > 1
+    work = _work(with_factors(a), lse, neg_entropy, grads, p.algorithm)
+    a, several = work.a, p.classes.count > 1
     (N, H), V, wide = a.x.shape, len(a.weight), stat_dtype(a.x)
-    work = (_RowKernel if p.algorithm == ROWS else _ATen)(a, lse, neg_entropy, grads)
     memory = a.x.new_empty(N * round_up(p.classes.classes, p.classes.align))
     dx = a.x.new_empty((N, H) if mask[0] else 0, dtype=wide if several else a.x.dtype)
     dw = a.x.new_empty((V, H) if mask[1] else 0)
@@ -48,12 +51,20 @@ def _run(
         block, here = block_of(a, first, n), slice(first, first + n)
         apart = round_up(n, p.classes.align)
         z = memory[: N * apart].view(N, apart)
-        work.gradient(block, z, db[here])
+        work.gradient(block, first, z, db[here])
         if mask[0]:
             work.add_dx(dx, z, block.weight, first > 0)
         if mask[1]:
             work.dw(dw[here], z, a.x)
     return dx, dw, db
+
+
+def _work(
+    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, algorithm: str
+) -> _ATen | _RowKernel | _Known:
+    if algorithm == BLOCKS:
+        return _ATen(a, lse, neg_entropy, grads)
+    return (_Known.of(a, lse, grads) if algorithm == KNOWN else None) or _RowKernel(a, lse, neg_entropy, grads)
 
 
 def block_of(a: HeadArgs, first: int, n: int) -> HeadArgs:
@@ -66,13 +77,13 @@ def block_of(a: HeadArgs, first: int, n: int) -> HeadArgs:
 
 
 class _ATen:
-    """What a block takes on the CPU, and on any device without Triton. z: [N, at least n]."""
+    """What a block takes on the CPU, and on any device without Triton. a: what is cut. z: [N, at least n]."""
 
     def __init__(self, a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads) -> None:
-        self.rows, self.known = slice(0, len(a.x)), (lse, neg_entropy, grads)
+        self.a, self.rows, self.known = a, slice(0, len(a.x)), (lse, neg_entropy, grads)
 
-    def gradient(self, block: HeadArgs, z: Tensor, db: Tensor) -> None:
-        """Logits into z, then their gradient; its sum is added to db if that is not empty."""
+    def gradient(self, block: HeadArgs, first: int, z: Tensor, db: Tensor) -> None:
+        """The gradient of the logits of a block that begins at class `first`, into z; its sum into db if asked."""
         z = z[:, : len(block.weight)]
         head_cpu.logits(block, block.x, z)
         head_cpu.gradient(block, self.rows, z, *self.known, head_cpu.hidden_classes(block), db)
@@ -88,9 +99,9 @@ class _RowKernel:
     """The same with the row kernel and products of the library."""
 
     def __init__(self, a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads) -> None:
-        self.found, self.grads = head_cuda.known(a, lse, neg_entropy), grads
+        self.a, self.found, self.grads = a, head_cuda.known(a, lse, neg_entropy), grads
 
-    def gradient(self, block: HeadArgs, z: Tensor, db: Tensor) -> None:
+    def gradient(self, block: HeadArgs, first: int, z: Tensor, db: Tensor) -> None:
         from ..kernels import rows
 
         V, bias = len(block.weight), head_cuda.logits(block, block.x, z)
@@ -98,11 +109,49 @@ class _RowKernel:
             z, V, 0, bias, block.target, block.class_weight, block.epilogue, 0, self.found, self.grads,
             hidden=block.bias is not None,
         )  # fmt: skip
-        if len(db):
-            torch.sum(z[:, :V], 0, dtype=db.dtype, out=db)
+        _add_columns(db, z)
 
     def add_dx(self, dx: Tensor, dz: Tensor, weight: Tensor, accumulate: bool) -> None:
         input_gradient(dx, dz, weight, accumulate=accumulate)
 
     def dw(self, out: Tensor, dz: Tensor, x: Tensor) -> None:
         weight_gradient(out, dz, x, accumulate=False)
+
+
+class _Known(_RowKernel):
+    """The same with a product of ours that leaves dZ, and finds a block's targets itself."""
+
+    def __init__(self, a: HeadArgs, rows: hopper.RowGradients, kernel: nvrtc.Kernel) -> None:
+        self.a, self.of_rows, self.kernel = a, rows, kernel
+
+    @classmethod
+    def of(cls, a: HeadArgs, lse: Tensor, grads: RowGrads) -> _Known | None:
+        """None where NVRTC does not make that product after all."""
+        target, g_target = (None if t is None or not t.shape[1] else t[:, 0] for t in (a.target, grads.target))
+        here = a.bias is not None, target is not None and g_target is not None, grads.sum is not None
+        kernel = hopper.gradients(a.x.device, a.x.dtype, *here, a.epilogue)
+        if kernel is None:
+            return None
+        assert grads.lse is not None
+        rows = hopper.RowGradients(_f32(lse), _f32(grads.lse), target, _f32(g_target), _f32(grads.sum))
+        bias, class_weight = _f32(a.bias), _f32(a.class_weight)
+        return cls(a._replace(x=on_sectors(a.x), bias=bias, class_weight=class_weight, target=None), rows, kernel)
+
+    def gradient(self, block: HeadArgs, first: int, z: Tensor, db: Tensor) -> None:
+        hopper.launch_gradients(
+            self.kernel, z, block.x, block.weight, self.of_rows, first, block.bias, block.class_weight
+        )  # fmt: skip
+        _add_columns(db, z)
+
+
+def _add_columns(db: Tensor, dz: Tensor) -> None:
+    if len(db):
+        torch.sum(dz[:, : len(db)], 0, dtype=db.dtype, out=db)
+
+
+@overload
+def _f32(t: Tensor) -> Tensor: ...
+@overload
+def _f32(t: None) -> None: ...
+def _f32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()

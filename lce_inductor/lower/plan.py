@@ -21,12 +21,13 @@ from ..kernels import hopper, hopper_source, nvrtc, tuning
 from ..spec.epilogue import Steps, is_affine
 from ..spec.sizes import ceil_div, round_up
 from ..spec.statistics import LSE, NEG_ENTROPY, SUM, TARGET
-from .chunk_plan import ChunkPlan, ClassPlan, anchored_peak_bytes, class_peak_bytes, peak_bytes
+from .chunk_plan import ChunkPlan, ClassPlan, anchored_peak_bytes, class_peak_bytes, copied_x_bytes, peak_bytes
 from .device_policy import (
     ANCHORED,
     ANCHORED_TRITON,
     BLOCK,
     BLOCKS,
+    KNOWN,
     LEAST_SPLIT,
     POLICIES,
     ROWS,
@@ -110,7 +111,7 @@ class Products(NamedTuple):
 class Plan:
     """
     Attributes:
-        algorithm: ANCHORED, ANCHORED_TRITON, ROWS or BLOCKS.
+        algorithm: ANCHORED, ANCHORED_TRITON, KNOWN, ROWS or BLOCKS.
         classes: blocks of classes that take the place of chunks, or None.
         ruled_out: the faster ones for the device, and why each does not do; empty, too, where the caller chose.
         products: of a chunk; last_products: of the last one, which may have fewer rows.
@@ -240,7 +241,8 @@ def decide(r: Request, device: Device, policy: Policy, algorithm: str | None = N
                 reason = "blocks of classes take less memory"
             if reason is None:
                 break
-            ruled_out.append((algorithm, reason))
+            if reason:
+                ruled_out.append((algorithm, reason))
     assert algorithm is not None
     blocks = _blocks_of(r, policy, cut, algorithm) if algorithm in _BY_CLASSES else None
     dx, dw = r.mask[:2] if r.grads is not None else (False, False)
@@ -317,16 +319,33 @@ def _why_not_anchored_in_cuda(r: Request, device: Device, policy: Policy, cut: C
     return _why_not_anchored(r, device, policy, cut) or (None if device.hopper else "NVRTC is not installed")
 
 
+def _why_not_known(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
+    """ "" where it is out of the question: chunks of rows are not its own.
+
+    Where the anchored softmax computes the forward: lse is of logits that are not rounded, and so are those here.
+    """
+    blocks = _blocks_of(r, policy, cut, KNOWN)
+    if blocks is None or not r.grads:
+        return ""
+    if not r.grads & LSE:
+        return "nothing comes in for lse"
+    if policy.products.logits_least_V > blocks.classes:
+        return "too small"
+    forward = r._replace(stats=r.stats | r.grads, grads=None, mask=(False, False, False))
+    return _why_not_anchored_in_cuda(forward, device, policy, cut)
+
+
 def _why_not_rows(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
     return None if device.triton else "Triton is not installed"
 
 
-# Those that compute blocks of classes. The anchored softmax would need products that write dZ where lse is known.
-_BY_CLASSES = (ROWS, BLOCKS)
+# Those that compute blocks of classes.
+_BY_CLASSES = (KNOWN, ROWS, BLOCKS)
 
 _WHY_NOT: dict[str, Callable[[Request, Device, Policy, ChunkPlan], str | None]] = {
     ANCHORED: _why_not_anchored_in_cuda,
     ANCHORED_TRITON: _why_not_anchored,
+    KNOWN: _why_not_known,
     ROWS: _why_not_rows,
     BLOCKS: lambda *_: None,
 }
@@ -425,7 +444,8 @@ def _peak(r: Request, cut: ChunkPlan | ClassPlan, algorithm: str) -> int:
     sizes = r.N, r.H, r.V, r.dtype.itemsize, dx, dw
     aten = algorithm == BLOCKS
     if isinstance(cut, ClassPlan):
-        return class_peak_bytes(cut, *sizes, _beside(r, r.N, cut.classes, cut.classes, dx and cut.count > 1) * aten)
+        beside = _beside(r, r.N, cut.classes, cut.classes, dx and cut.count > 1) * aten
+        return class_peak_bytes(cut, *sizes, beside + copied_x_bytes(r.N, r.H) * (algorithm == KNOWN))
     return peak_bytes(cut, *sizes, _beside(r, cut.rows, r.V, cut.rows, dw and cut.count > 1) * aten)
 
 
