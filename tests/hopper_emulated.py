@@ -161,14 +161,16 @@ class Product:
 
     def _gradients(self, a: hopper.LogitsArguments, x: Tensor, weight: Tensor, out: Tensor) -> None:
         flags, n, V = self.variant.flags, a.rows, a.columns
-        assert n == len(x) == len(out) and V <= out.shape[1] < V + 64 and x.dtype == weight.dtype == out.dtype
+        assert n == len(out) and V <= out.shape[1] < V + 64 and x.dtype == weight.dtype == out.dtype
+        assert a.x_row0 == a.row0
         assert ("HALF" in flags) == (x.dtype == torch.float16) and not a.counted
 
-        def of(address: int | None, flag: str, count: int = n) -> Tensor:
+        def of(address: int | None, flag: str, count: int = 0) -> Tensor:
             assert flag in flags
-            return _at(address, count, ctypes.c_float, torch.float32)
+            found = _at(address, count or len(x), ctypes.c_float, torch.float32)
+            return found if count else found[a.row0 : a.row0 + n]
 
-        z = x.float() @ weight.float().t()
+        z = x[a.row0 : a.row0 + n].float() @ weight.float().t()
         if "HAS_BIAS" in flags:
             z = z + of(a.bias, "HAS_BIAS", V)
         z, slope = apply_with_slope(self.variant.steps, z)
@@ -180,8 +182,8 @@ class Product:
             g_sum = of(a.g_sum, "HAS_SUM")[:, None]
             g = g + g_sum * (of(a.class_weight, "HAS_SUM", V) if a.class_weight else 1)
         if "HAS_TARGET" in flags:
-            target = _at(a.target, 1 + (n - 1) * a.stride_t, ctypes.c_longlong, torch.int64)[:: a.stride_t or 1]
-            columns = target.expand(n)[:, None] - a.class0
+            target = _at(a.target, 1 + (len(x) - 1) * a.stride_t, ctypes.c_longlong, torch.int64)[:: a.stride_t or 1]
+            columns = target.expand(len(x))[a.row0 : a.row0 + n, None] - a.class0
             g = g + torch.where(columns == torch.arange(V), of(a.g_target, "HAS_TARGET")[:, None], 0.0)
         out[:, :V], out[:, V:] = g if slope is None else g * slope, 3.0  # beyond the classes: anything
 

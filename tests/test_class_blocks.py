@@ -98,7 +98,7 @@ def test_a_target_is_one_of_one_block() -> None:
 
 
 def backward(device: Device = CPU, **changes: Any) -> Any:
-    return decide(STEP._replace(stats=0, recompute=True, **changes), device, POLICIES[device.kind])
+    return decide(STEP._replace(**changes).backward(), device, POLICIES[device.kind])
 
 
 @pytest.mark.parametrize(

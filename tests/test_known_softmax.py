@@ -1,10 +1,11 @@
-"""The known softmax: blocks of classes by the product that leaves dZ. On a CPU its launches are decoded and computed by
+"""The known softmax: pieces of logits whose gradient is what the product leaves. On a CPU its launches are decoded and computed by
 torch (hopper_emulated.py); test_hopper.py compiles the kernel."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import rows_cases
@@ -17,7 +18,7 @@ import hopper_emulated
 from lce_inductor.kernels import hopper
 from lce_inductor.lower import head_classes
 from lce_inductor.lower import plan as plans
-from lce_inductor.lower.device_policy import ANCHORED, KNOWN, POLICIES, ROWS, Policy, Products
+from lce_inductor.lower.device_policy import ANCHORED, KNOWN, POLICIES, ROWS
 from lce_inductor.lower.plan import Device, Request, capabilities, decide, training
 from lce_inductor.spec.statistics import LSE, MAX, NEG_ENTROPY, NO_TARGET, SUM, TARGET, RowGrads
 
@@ -55,12 +56,12 @@ CASES = [
 ]
 
 
-# One block; several; several whose last one has fewer classes than a tile; one that ends within a tile.
-@pytest.mark.parametrize("classes", [1024, 256, 128, 200])
+# One block; several; several whose last one has fewer classes than a tile; one that ends within a tile. Chunks of rows.
+@pytest.mark.parametrize("classes", [1024, 256, 128, 200, 0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_fp64(case: Case, classes: int, launched: list[str] | None) -> None:
     a, grads = make(case, DEVICE)
-    a = a._replace(weight=a.weight.contiguous())
+    a = a._replace(weight=a.weight.contiguous(), chunk_tokens=0 if classes else 128)
     if case.grads == CE:  # cross-entropy: nothing may cancel
         grads = RowGrads(lse=grads.lse, target=-grads.lse[:, None])
     (exact_stats, exact), (_, eager) = (whole(a, grads, dtype) for dtype in (torch.float64, case.dtype))
@@ -71,7 +72,8 @@ def test_against_fp64(case: Case, classes: int, launched: list[str] | None) -> N
     again = run(classes).backward(a, exact_stats.lse, None, grads, mask)
     assert all(one.equal(two) for one, two in zip(found, again))
     if launched is not None:
-        assert len(launched) == 2 * -(-case.V // classes) and all("GRADIENT" in name for name in launched)
+        pieces = -(-case.V // classes) if classes else -(-case.N // 128)
+        assert len(launched) == 2 * pieces and all("GRADIENT" in name for name in launched)
 
 
 @pytest.mark.parametrize("mask", [(True, True, False), (False, True, False), (True, False, False), (False, True, True)])
@@ -146,8 +148,8 @@ STEP = Request(
 )  # fmt: skip
 
 
-def plan(device: Device = H100, policy: Policy = POLICIES["cuda"], **changes: object) -> plans.Plan:
-    return decide(STEP._replace(**changes), device, policy)
+def plan(device: Device = H100, **changes: Any) -> plans.Plan:
+    return decide(STEP._replace(**changes), device, POLICIES["cuda"])
 
 
 def test_memory_mode_takes_it() -> None:
@@ -162,10 +164,23 @@ def test_memory_mode_takes_it() -> None:
     assert step.recompute and step.peak_bytes == p.peak_bytes
 
 
+@pytest.mark.parametrize("chosen", [{"N": 2048}, {"mask": (True, False, True)}], ids=str)
+def test_where_chunks_of_rows_are_not_the_anchored_softmaxs(chosen: dict[str, Any]) -> None:
+    """Its forward has taken logits as they are, and the row kernel would round them."""
+    p = plan(prefer="speed", **chosen)
+    assert p.algorithm == KNOWN and p.classes is None and not p.packs and ANCHORED in dict(p.ruled_out)
+    assert (
+        p.peak_bytes == plans.decide(STEP._replace(prefer="speed", **chosen), H100, POLICIES["cuda"], ROWS).peak_bytes
+    )
+    forward = STEP._replace(**chosen | {"mask": (False,) * 3}, grads=None, recompute=False, stats=LSE | TARGET)
+    assert decide(forward, H100, POLICIES["cuda"]).algorithm == ANCHORED
+
+
 @pytest.mark.parametrize(
     "changes, why",
     [
         ({"grads": LSE | NEG_ENTROPY}, "every logit"),
+        ({"forward": LSE | TARGET | MAX}, "every logit"),  # whose logits are rounded, and so are those here
         ({"grads": TARGET}, "for lse"),
         ({"columns": 2}, "target column"),
         ({"dtype": torch.float16}, "bf16 only"),
@@ -173,11 +188,11 @@ def test_memory_mode_takes_it() -> None:
         ({"grads": LSE | SUM, "steps": (("tanh",),)}, "not affine"),
         ({"device": H100._replace(hopper=False)}, "NVRTC"),
         ({"device": H100._replace(capability=(8, 0), hopper=False)}, "9.0 alone"),
-        ({"policy": dataclasses.replace(POLICIES["cuda"], products=Products(logits_least_V=8193))}, "too small"),
+        ({"N": 1020, "V": 1 << 18}, "too small"),
     ],
     ids=str,
 )
-def test_where_the_row_kernel_computes_the_blocks(changes: dict[str, object], why: str) -> None:
+def test_where_the_row_kernel_computes_the_blocks(changes: dict[str, Any], why: str) -> None:
     p = plan(**changes)
     assert p.algorithm == ROWS and p.classes is not None and why in dict(p.ruled_out)[KNOWN] and why in str(p)
 
@@ -187,7 +202,7 @@ def test_where_the_row_kernel_computes_the_blocks(changes: dict[str, object], wh
     [
         {"prefer": "speed"},
         {"recompute": False},
-        {"mask": (True, False, False)},
+        {"mask": (False, False, False)},
         {"N": 0},
         {"grads": None, "mask": (False, False, False), "recompute": False, "stats": LSE | TARGET},
         {"grads": None, "mask": (False, False, False), "recompute": False, "stats": LSE | MAX},
@@ -195,7 +210,7 @@ def test_where_the_row_kernel_computes_the_blocks(changes: dict[str, object], wh
     ],
     ids=str,
 )
-def test_where_it_is_out_of_the_question(changes: dict[str, object]) -> None:
+def test_where_it_is_out_of_the_question(changes: dict[str, Any]) -> None:
     p = plan(**changes)
     assert p.algorithm in (ANCHORED, ROWS) and p.classes is None and KNOWN not in dict(p.ruled_out)
     assert KNOWN not in str(p)

@@ -8,6 +8,7 @@ from harness import assert_as_accurate, error, fresh, head, products, results
 from rows_cases import ALL, GRADS, SOFTCAP, Case
 from torch.library import opcheck
 
+from lce_inductor.lower import head as heads
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.spec.epilogue import unparse
 from lce_inductor.spec.statistics import (
@@ -380,6 +381,18 @@ def test_statistics_are_listed_once():
         results = [r.name for r in op.returns]
         assert [g for g in grads if g != "g_lse_slope"] == ([] if name == "row_stats" else list(GRADIENTS))
         assert results[: len(STATISTICS)] == list(Stats._fields) or name == "row_stats_backward"
+
+
+@pytest.mark.parametrize("stats", [LSE, LSE | MAX | ARGMAX])
+def test_a_backward_is_told_what_its_forward_computed(stats, monkeypatch):
+    """By that it takes logits as they were, rounded or not."""
+    told, backward = [], heads.backward
+    monkeypatch.setattr(heads, "backward", lambda *args, stats: told.append(stats) or backward(*args, stats=stats))
+    a, _ = rows_cases.make(Case(), "cpu")
+    x = a.x.requires_grad_()
+    tensors, plan = flat(a._replace(x=x))
+    ops.row_stats(*tensors, "", stats, *plan)[0].sum().backward()
+    assert told == [stats]
 
 
 def test_bits_of_gradients():

@@ -133,6 +133,16 @@ def test_a_gpu_that_is_not_there() -> None:
     assert capabilities(torch.device("cpu")).clusters == 0
 
 
+def test_a_backward_rounds_logits_as_its_forward_does() -> None:
+    """lse is of logits that are rounded, or not."""
+    for stats, algorithm in ((LSE | TARGET, ANCHORED), (LSE | TARGET | MAX, ROWS)):
+        forward = TRAINING._replace(stats=stats, grads=None, mask=(False,) * 3)
+        backward = TRAINING._replace(stats=stats).backward()
+        assert (backward.stats, backward.forward, backward.recompute) == (0, stats, True)
+        for r in (forward, backward):
+            assert decide(r, H100, POLICIES["cuda"]).algorithm == algorithm
+
+
 @pytest.mark.parametrize(
     "changes, packs",
     [

@@ -277,7 +277,7 @@ reshape_default_4 = aten.reshape(reshape_default_3, [24])
 neg_default = aten.neg(reshape_default_4)
 unsqueeze_default_1 = aten.unsqueeze(neg_default, 1)
 once_default = lce_inductor.once(reshape_default_4, [primals_1, primals_2])
-row_stats_backward_default = lce_inductor.row_stats_backward(primals_1, primals_2, None, unsqueeze_default, None, row_stats_default[0], None, once_default, unsqueeze_default_1, None, None, '', 0, 1610612736, [True, True, False])
+row_stats_backward_default = lce_inductor.row_stats_backward(primals_1, primals_2, None, unsqueeze_default, None, row_stats_default[0], None, once_default, unsqueeze_default_1, None, None, '', 0, 1610612736, [True, True, False], stats=3)
 permute_2 = aten.permute(row_stats_backward_default[1], [1, 0])
 permute_4 = aten.permute(permute_2, [1, 0])
 return [where_1, row_stats_backward_default[0], permute_4, None]

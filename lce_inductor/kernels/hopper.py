@@ -4,7 +4,7 @@ The products have what Triton 3.6 cannot say: clusters of two blocks that share 
 turns, so that what is done with a product's result costs no time of its own. They are
 
     launch_logits           logits as eager rounds them, with what their logsumexp needs
-    launch_gradients        the gradient of logits whose lse is known, of a block of classes
+    launch_gradients        the gradient of logits whose lse is known
     Launches.exponentials   E of the anchored softmax
     launch_dx               E or dZ times the weight
     launch_dw               dW (+)= E or dZ, transposed, times x
@@ -346,22 +346,23 @@ class RowGradients(NamedTuple):
 
 
 def launch_gradients(
-    kernel: nvrtc.Kernel, z: Tensor, x: Tensor, weight: Tensor, rows: RowGradients, class0: int, bias: Tensor | None,
-    class_weight: Tensor | None,
+    kernel: nvrtc.Kernel, z: Tensor, x: Tensor, weight: Tensor, rows: RowGradients, row0: int, class0: int,
+    bias: Tensor | None, class_weight: Tensor | None,
 ) -> None:  # fmt: skip
     """z = f'(y) (g_lse exp(f(y) - lse) + g_sum class_weight, and g_target more at the target), y = x @ weight^T + bias,
     rounded once, on the current stream and device.
 
     Args:
         kernel: of `gradients` for the device, the dtype of z, x and weight, and the epilogue f.
-        z: [N, at least V], x: [N, H], weight: [V, H]. Rows are 16-byte aligned; z beyond V is overwritten, too.
+        z: [n, at least V], of the rows from row0 on; x: [N, H], weight: [V, H]. Rows are 16-byte aligned; z beyond V is
+            overwritten, too.
         class0: the class of weight[0], as targets count.
         bias, class_weight: fp32 [V], contiguous, or None.
     """
     target, (V, H) = rows.target, weight.shape
     a = LogitsArguments(
-        rows=len(z), columns=V, inner=H, target=_address(target), class0=class0, bias=_address(bias),
-        stride_t=0 if target is None else target.stride(0), class_weight=_address(class_weight),
+        rows=len(z), columns=V, inner=H, row0=row0, x_row0=row0, target=_address(target), class0=class0,
+        stride_t=0 if target is None else target.stride(0), bias=_address(bias), class_weight=_address(class_weight),
     )  # fmt: skip
     a.lse, a.g_lse, a.g_target, a.g_sum = map(_address, (rows.lse, rows.g_lse, rows.g_target, rows.g_sum))
     _launch_first(kernel, z, x, weight, a)

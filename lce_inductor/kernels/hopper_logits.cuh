@@ -4,8 +4,8 @@
 // and maxima over a tile's columns), REDO (only pairs of row tiles with a saturated row, with new anchors for those rows).
 // With STORE, SUM and PLAIN it is the logits themselves that are written, rounded to bf16 or, with HALF, to fp16; sums and
 // maxima are of what is written, the exponentials in a sum below the maximum beside it. With STORE and GRADIENT it is the
-// gradient of the logits, where lse is known: of a block of classes, which bias and class_weight are of, too. HAS_SUM: it
-// comes from the sum of logits as well.
+// gradient of the logits, where lse is known; where they are of a block of classes, so are bias and class_weight. HAS_SUM:
+// it comes from the sum of logits as well.
 
 constexpr bool TRANSPOSED_A = false, TRANSPOSED_B = false;  // both operands are K-major
 constexpr int BOX_BYTES = BM * 128;       // a part of E on its way out: 64 columns

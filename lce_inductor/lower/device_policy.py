@@ -27,7 +27,7 @@ ANCHORED = "anchored softmax"
 # Chosen on sm_90 without NVRTC alone, and measured nowhere else: it is what is left of the speed there, and what the
 # interpreter can test of the algorithm without a GPU.
 ANCHORED_TRITON = "anchored softmax in Triton"
-# Of blocks of classes alone, where the forward has left lse: the gradient of the logits from the product itself.
+# Of a backward that computes logits again: the product itself leaves their gradient.
 KNOWN = "known softmax"
 ROWS = "row kernel"
 BLOCKS = "blocks of ATen"
@@ -102,8 +102,7 @@ class Anchored:
 class Products:
     """Where our products on sm_90 are faster than the library's.
 
-    logits_least_N, logits_least_V: below these sizes, V of a chunk or of a block of classes, the pass over the logits
-        that ours saves is short.
+    logits_least_N, logits_least_V: below these sizes the pass over the logits that ours saves is short.
     dx_least_H, dx_library_full, dx_full: the library's tiles of 128 x 256 fill less than `dx_library_full` of the GPU
         and ours at least `dx_full`, at H = 1024 or more.
     dw_full: of dW's tiles of 192 columns, at least that part is not empty.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..spec.statistics import NO_TARGET, TARGET, HeadArgs, RowGrads, Stats, computed, stat_dtype
-from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, ROWS
+from .device_policy import ANCHORED, ANCHORED_TRITON, BLOCKS, KNOWN, ROWS
 from .head_cpu import check_target
 from .plan import Mask, Plan, Request, planned
 from .products import aligned
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 CLASSES = "blocks of classes"
 _MODULES = {
-    ANCHORED: "head_anchored", ANCHORED_TRITON: "head_anchored", ROWS: "head_cuda", BLOCKS: "head_cpu",
-    CLASSES: "head_classes",
+    ANCHORED: "head_anchored", ANCHORED_TRITON: "head_anchored", KNOWN: "head_cuda", ROWS: "head_cuda",
+    BLOCKS: "head_cpu", CLASSES: "head_classes",
 }  # fmt: skip
 
 
@@ -48,16 +48,17 @@ def forward(a: HeadArgs, stats: int, needed: Tensor | None = None, plan: Plan | 
 
 
 def backward(
-    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, plan: Plan | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    a: HeadArgs, lse: Tensor, neg_entropy: Tensor | None, grads: RowGrads, mask: Mask, plan: Plan | None = None,
+    stats: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients by computing the logits again: one product, and one for each of dX and dW that is needed; dX is zero in
-    rows that don't count."""
+    rows that don't count. stats: bits of those that the forward has computed."""
     rows = None if _packs(plan) else counting(a, None, grads)
     if rows is not None:
         of_rows = lse[rows], None if neg_entropy is None else neg_entropy[rows], packed_grads(grads, rows)
-        dx, dw, db = backward(packed(a, rows), *of_rows, mask, plan)
+        dx, dw, db = backward(packed(a, rows), *of_rows, mask, plan, stats)
         return unpacked(dx, rows, len(a.x)) if mask[0] else dx, dw, db
-    p = plan or _plan(request(a, 0, grads, mask, recompute=True, counts=True), a)
+    p = plan or _plan(request(a, 0, grads, mask, recompute=True, counts=True)._replace(forward=stats), a)
     if not _packs(p):
         lse = _read(a, lse, grads)
     with _device(a.x):

@@ -13,18 +13,16 @@ A block of classes is a head of fewer classes, whose targets are counted from it
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
-from ..kernels import hopper, nvrtc
 from ..spec.sizes import round_up
 from ..spec.statistics import NO_TARGET, HeadArgs, RowGrads, stat_dtype
 from . import head_cpu, head_cuda
 from .device_policy import BLOCKS, KNOWN
+from .known_softmax import Known
 from .plan import Mask, Plan
-from .products import input_gradient, on_sectors, weight_gradient, with_factors
+from .products import input_gradient, weight_gradient, with_factors
 from .sums import add_widened
 
 
@@ -64,7 +62,8 @@ def _work(
 ) -> _ATen | _RowKernel | _Known:
     if algorithm == BLOCKS:
         return _ATen(a, lse, neg_entropy, grads)
-    return (_Known.of(a, lse, grads) if algorithm == KNOWN else None) or _RowKernel(a, lse, neg_entropy, grads)
+    known = Known.of(a, lse, grads) if algorithm == KNOWN else None
+    return _RowKernel(a, lse, neg_entropy, grads) if known is None else _Known(known)
 
 
 def block_of(a: HeadArgs, first: int, n: int) -> HeadArgs:
@@ -119,39 +118,16 @@ class _RowKernel:
 
 
 class _Known(_RowKernel):
-    """The same with a product of ours that leaves dZ, and finds a block's targets itself."""
+    """The same with a product that leaves dZ."""
 
-    def __init__(self, a: HeadArgs, rows: hopper.RowGradients, kernel: nvrtc.Kernel) -> None:
-        self.a, self.of_rows, self.kernel = a, rows, kernel
-
-    @classmethod
-    def of(cls, a: HeadArgs, lse: Tensor, grads: RowGrads) -> _Known | None:
-        """None where NVRTC does not make that product after all."""
-        target, g_target = (None if t is None or not t.shape[1] else t[:, 0] for t in (a.target, grads.target))
-        here = a.bias is not None, target is not None and g_target is not None, grads.sum is not None
-        kernel = hopper.gradients(a.x.device, a.x.dtype, *here, a.epilogue)
-        if kernel is None:
-            return None
-        assert grads.lse is not None
-        rows = hopper.RowGradients(_f32(lse), _f32(grads.lse), target, _f32(g_target), _f32(grads.sum))
-        bias, class_weight = _f32(a.bias), _f32(a.class_weight)
-        return cls(a._replace(x=on_sectors(a.x), bias=bias, class_weight=class_weight, target=None), rows, kernel)
+    def __init__(self, known: Known) -> None:
+        self.a, self.product = known.a, known
 
     def gradient(self, block: HeadArgs, first: int, z: Tensor, db: Tensor) -> None:
-        hopper.launch_gradients(
-            self.kernel, z, block.x, block.weight, self.of_rows, first, block.bias, block.class_weight
-        )  # fmt: skip
+        self.product.gradient(z, 0, block, first)
         _add_columns(db, z)
 
 
 def _add_columns(db: Tensor, dz: Tensor) -> None:
     if len(db):
         torch.sum(dz[:, : len(db)], 0, dtype=db.dtype, out=db)
-
-
-@overload
-def _f32(t: Tensor) -> Tensor: ...
-@overload
-def _f32(t: None) -> None: ...
-def _f32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()

@@ -1,8 +1,9 @@
 """Library products around one Triton row kernel: what computes a head on CUDA where the anchored softmax does not.
 
 For each chunk of rows, logits into a buffer with padded rows, statistics and then the logits' gradient in place
-(kernels/rows.py), dX and dW from it. The logits are rounded to the dtype of x exactly where eager rounds them. Every
-product has `out=`, which ambient autocast leaves alone.
+(kernels/rows.py), dX and dW from it. The logits are rounded to the dtype of x exactly where eager rounds them; with the
+known softmax there are none, and the first product leaves their gradient. Every product has `out=`, which ambient
+autocast leaves alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..spec.statistics import LSE, HeadArgs, RowGrads, Stats, computed, empty_stats, grad_dtype
+from .device_policy import KNOWN
+from .known_softmax import Known
 from .plan import Mask, Plan, Products, pieces
 from .products import input_gradient, logits_with_lse, weight_gradient, with_factors
 
@@ -53,15 +56,20 @@ def _run(a: HeadArgs, stats: int, found: Stats, grads: RowGrads | None, out: _Gr
 
     N, V = a.x.shape[0], a.weight.shape[0]
     a = with_factors(a)
+    product = Known.of(a, found.lse, grads) if p.algorithm == KNOWN and grads is not None else None
+    a = a if product is None else product.a
     buffer = a.x.new_empty(p.chunks.rows, p.chunks.row_stride)
     for row0, n in p.chunks.bounds(N):
         z, x_chunk, ours = buffer[:n], a.x[row0 : row0 + n], p.products_of(n)
-        left = ours.logits and logits_with_lse(z, a.x, a.weight, row0, found.lse[row0 : row0 + n])
-        bias = a.bias if left else logits(a, x_chunk, z)
-        rows.launch(
-            z, V, row0, bias, a.target, a.class_weight, a.epilogue,
-            stats & ~LSE if left else stats, found, grads, hidden=a.bias is not None,
-        )  # fmt: skip
+        if product is not None:
+            product.gradient(z, row0)
+        else:
+            left = ours.logits and logits_with_lse(z, a.x, a.weight, row0, found.lse[row0 : row0 + n])
+            bias = a.bias if left else logits(a, x_chunk, z)
+            rows.launch(
+                z, V, row0, bias, a.target, a.class_weight, a.epilogue,
+                stats & ~LSE if left else stats, found, grads, hidden=a.bias is not None,
+            )  # fmt: skip
         if grads is not None and out is not None:
             out.add(row0, z, x_chunk, a.weight, ours, last=row0 + n == N)
 

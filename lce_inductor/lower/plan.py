@@ -70,6 +70,7 @@ class Request(NamedTuple):
         grads: bits of the statistics that a gradient is given for; None where no gradients are asked for at all.
         mask: which of dX, dW and db are.
         recompute: are they computed by a backward, from logits that it computes again?
+        forward: bits of the statistics that the forward of such a backward has computed.
         counts: may rows be left out that don't count?
         prefer: "speed" or "memory".
     """
@@ -90,10 +91,15 @@ class Request(NamedTuple):
     recompute: bool = False
     prefer: str = "speed"
     counts: bool = False
+    forward: int = 0
 
     @property
     def for_memory(self) -> bool:
         return self.prefer == "memory"
+
+    def backward(self) -> Request:
+        """Of the backward that computes these gradients, where the forward is asked for these statistics alone."""
+        return self._replace(stats=0, recompute=True, forward=self.stats)
 
 
 class Products(NamedTuple):
@@ -281,7 +287,7 @@ def training(r: Request, device: Device, policy: Policy, recompute: bool | None 
     """How a step is best computed, if `r` is what would be asked for in one go. recompute: it is to be so."""
     three = decide(r, device, policy).peak_bytes
     forward = r._replace(grads=None, mask=(False, False, False))
-    four = max(decide(q, device, policy).peak_bytes for q in (forward, r._replace(stats=0, recompute=True)))
+    four = max(decide(q, device, policy).peak_bytes for q in (forward, r.backward()))
     if recompute is None:
         recompute = r.for_memory and four <= policy.memory.four_products * three
     return Training(recompute, four if recompute else three)
@@ -295,7 +301,8 @@ def _why_not_anchored(r: Request, device: Device, policy: Policy, cut: ChunkPlan
         return "Triton is not installed"
     if r.dtype != torch.bfloat16:
         return "bf16 only: exponentials need its range"
-    asked = r.stats | (r.grads or 0)
+    # A backward takes logits as its forward took them, rounded or not: lse is of those.
+    asked = r.stats | r.forward | (r.grads or 0)
     if asked & ~(LSE | TARGET | SUM):
         return "a statistic that needs every logit"
     if r.columns > 1:
@@ -320,17 +327,12 @@ def _why_not_anchored_in_cuda(r: Request, device: Device, policy: Policy, cut: C
 
 
 def _why_not_known(r: Request, device: Device, policy: Policy, cut: ChunkPlan) -> str | None:
-    """ "" where it is out of the question: chunks of rows are not its own.
-
-    Where the anchored softmax computes the forward: lse is of logits that are not rounded, and so are those here.
-    """
-    blocks = _blocks_of(r, policy, cut, KNOWN)
-    if blocks is None or not r.grads:
+    """It is for what the anchored softmax has computed the forward of: lse is of logits that are not rounded, as those
+    here are not. An empty reason: it is out of the question."""
+    if not (r.recompute and r.grads and any(r.mask) and r.N):
         return ""
     if not r.grads & LSE:
         return "nothing comes in for lse"
-    if policy.products.logits_least_V > blocks.classes:
-        return "too small"
     forward = r._replace(stats=r.stats | r.grads, grads=None, mask=(False, False, False))
     return _why_not_anchored_in_cuda(forward, device, policy, cut)
 
@@ -442,11 +444,14 @@ def _chunks_of_sums(r: Request, columns: int, policy: Policy) -> ChunkPlan:
 def _peak(r: Request, cut: ChunkPlan | ClassPlan, algorithm: str) -> int:
     dx, dw = r.mask[:2] if r.grads is not None else (False, False)
     sizes = r.N, r.H, r.V, r.dtype.itemsize, dx, dw
-    aten = algorithm == BLOCKS
+    beside = copied_x_bytes(r.N, r.H) if algorithm == KNOWN else 0
     if isinstance(cut, ClassPlan):
-        beside = _beside(r, r.N, cut.classes, cut.classes, dx and cut.count > 1) * aten
-        return class_peak_bytes(cut, *sizes, beside + copied_x_bytes(r.N, r.H) * (algorithm == KNOWN))
-    return peak_bytes(cut, *sizes, _beside(r, cut.rows, r.V, cut.rows, dw and cut.count > 1) * aten)
+        if algorithm == BLOCKS:
+            beside = _beside(r, r.N, cut.classes, cut.classes, dx and cut.count > 1)
+        return class_peak_bytes(cut, *sizes, beside)
+    if algorithm == BLOCKS:
+        beside = _beside(r, cut.rows, r.V, cut.rows, dw and cut.count > 1)
+    return peak_bytes(cut, *sizes, beside)
 
 
 def _beside(r: Request, n: int, classes: int, factor: int, summed: bool) -> int:

@@ -9,8 +9,9 @@ Three ops on flat rows do the work of the fused kernels; the passes put them int
 
 Shapes: N tokens, H hidden, V vocabulary, K target columns. x [N, H], weight [V, H], bias [V],
 target [N, K] int64. Statistics are fp32 (fp64 for fp64 inputs), lse is fp64; `stats` is a mask of the bits in
-spec/statistics.py. needed: bool [N], rows whose statistics are read; those of others are finite and may be of no
-logits. None: all. prefer: "speed", or "memory" where less of it is worth time.
+spec/statistics.py, for row_stats_backward of those that its forward has computed. needed: bool [N], rows whose
+statistics are read; those of others are finite and may be of no logits. None: all. prefer: "speed", or "memory" where
+less of it is worth time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _lib = torch.library.Library("lce_inductor", "DEF")
 _lib.define(f"row_stats({_HEAD}, {_WITH_STATS}, Tensor? needed=None, {_PREFER}) -> {_STATS})")
 _lib.define(
     f"row_stats_backward({_HEAD}, Tensor lse, Tensor? neg_entropy, {_optional(GRADIENTS)}, "
-    f"{_PLAN.format(stats='')}, bool[3] output_mask, {_PREFER}) -> (Tensor dx, Tensor dw, Tensor db)"
+    f"{_PLAN.format(stats='')}, bool[3] output_mask, {_PREFER}, int stats=0) -> (Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define(
     f"row_stats_with_grad({_HEAD}, {_optional(f'g_{name}' for name in RowGrads._fields)}, {_WITH_STATS}, "
@@ -81,13 +82,13 @@ def _row_stats(  # type: ignore[no-untyped-def]
 
 
 def _row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed"
+    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed", stats=0
 ):
     *given, epilogue, chunk_tokens, workspace_bytes, output_mask = rest
     grads = _row_grads(given)
     _check_devices(x, weight, bias, target, class_weight, grads, lse, neg_entropy)
     a = HeadArgs(x, weight, bias, target, class_weight, parse(epilogue), chunk_tokens, workspace_bytes, prefer)
-    dx, dw, db = heads.backward(a, lse, neg_entropy, grads, tuple(output_mask))
+    dx, dw, db = heads.backward(a, lse, neg_entropy, grads, tuple(output_mask), stats=stats)
     return _distinct((dx, dw, db.to(weight.dtype if bias is None else bias.dtype)))
 
 
@@ -197,7 +198,7 @@ def _fake_row_stats(  # type: ignore[no-untyped-def]
 
 
 def _fake_row_stats_backward(  # type: ignore[no-untyped-def]
-    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed"
+    x, weight, bias, target, class_weight, lse, neg_entropy, *rest, prefer="speed", stats=0
 ):
     *given, _, _, _, output_mask = rest
     _check_devices(x, weight, bias, target, class_weight, _row_grads(given), lse, neg_entropy)
@@ -229,7 +230,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:  # type: i
         found.neg_entropy if stats & NEG_ENTROPY else None,
         found.argmax,
     )
-    ctx.plan, ctx.prefer = (epilogue, chunk_tokens, workspace_bytes), keyword_only_inputs
+    ctx.plan, ctx.by_name = (epilogue, chunk_tokens, workspace_bytes), {**keyword_only_inputs, "stats": stats}
     ctx.has_lse, ctx.has_argmax = bool(stats & LSE), bool(stats & ARGMAX)
 
 
@@ -252,7 +253,7 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     if of.neg_entropy is not None and not ctx.has_lse:
         raise RuntimeError("the gradient of neg_entropy needs lse: ask row_stats for both")
     dx, dw, db = torch.ops.lce_inductor.row_stats_backward(
-        x, weight, bias, target, class_weight, lse, neg_entropy, *given, *ctx.plan, mask, **ctx.prefer
+        x, weight, bias, target, class_weight, lse, neg_entropy, *given, *ctx.plan, mask, **ctx.by_name
     )
     return (dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, *none)
 

@@ -398,7 +398,7 @@ def scheduled(decision: Decision, found: dict[Node, Scheduled]) -> None:
             chunk_tokens: Any = given["chunk_tokens"]
             asked = head.request._replace(N=rows, chunk_tokens=chunk_tokens)
             if head.gradients == "recompute" and any(op.target is ops.row_stats_backward.default for op in head.ops):
-                asked = asked._replace(stats=0, recompute=True)
+                asked = asked.backward()
             head.plan = planned(asked, torch.device(head.device))
     for node, head in rewritten.items():
         together = _together(node, rewritten)

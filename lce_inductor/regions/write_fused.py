@@ -227,7 +227,10 @@ class _Stats:
         negent = self.stat("neg_entropy", ()) if g.neg_entropy is not None else None
         mask = [k in g.sinks for k in ("dx", "dw", "sum")]
         given = (row[name] for name in GRADIENTS)
-        op = call(ops.row_stats_backward.default, *self.head, lse, negent, *given, *self.plan, mask, **self.prefer)
+        op = call(
+            ops.row_stats_backward.default, *self.head, lse, negent, *given, *self.plan, mask, **self.prefer,
+            stats=self.match.stats,
+        )  # fmt: skip
         for kind, node in g.sinks.items():
             part = self._result(op, kind, node)
             sums[node] = part if node not in sums else call(aten.add.Tensor, sums[node], part)
