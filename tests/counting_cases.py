@@ -93,7 +93,7 @@ def check_stale_memory(run: Planned, case: Case, device: str) -> None:
         return [found.lse, found.target_logit, dx, dw]
 
     first = step()
-    for _ in range(3):
+    for _ in range(1 if device == "cpu" else 3):  # the interpreter has no threads that might come in another order
         trash = [torch.full((1 << 18,), torch.nan, dtype=d, device=device) for d in (torch.bfloat16, torch.float32)]
         del trash
         for one, two in zip(first, step()):

@@ -42,7 +42,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
-from turns import EVERYTHING
+from turns import EVERYTHING, crossed
 
 import lce_inductor
 from lce_inductor import Config, passes, regions
@@ -256,8 +256,7 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     return fault.raised, found
 
 
-@pytest.mark.parametrize("fn", [several_losses, by_row])
-@pytest.mark.parametrize("gradients", ["auto", "recompute"])
+@pytest.mark.parametrize("gradients, fn", crossed(["auto", "recompute"], [several_losses, by_row]))
 def test_out_of_memory_inside_the_op(gradients, fn, frozen):
     """At one call in nine that the implementation makes (in three, with LCE_EVERYTHING=1), in the forward and in the
     backward: torch's own exception, nothing kept alive, and the next step has the same bits."""
