@@ -1,6 +1,6 @@
 """Which of several ways a case is run in: all of them with LCE_EVERYTHING=1, else one, which its name decides.
 
-Everything takes an hour on two cores. What a run by turns leaves out is another spelling's turn.
+Everything takes hours on two cores. What a run by turns leaves out is another spelling's turn.
 """
 
 from __future__ import annotations
