@@ -113,14 +113,10 @@ def test_gradients_by_recomputing(name, installed):
     assert products(lambda: results(compiled, args)) == 4 * heads
 
 
-@pytest.mark.parametrize(
-    "name, dtype",
-    crossed(
-        ["mean", "mask", "weighted by a parameter", "z-loss", "label smoothing", "both"],
-        [torch.float64, torch.bfloat16, torch.float16],
-    ),
-    ids=str,
-)
+SOME = ["mean", "mask", "weighted by a parameter", "z-loss", "label smoothing", "both"]
+
+
+@pytest.mark.parametrize("name, dtype", crossed(SOME, [torch.float64, torch.bfloat16, torch.float16]), ids=str)
 def test_dtypes(name, dtype, installed):
     check_against_eager(FORWARD[name], arguments(dtype))
 
