@@ -144,17 +144,18 @@ def test_a_compile_with_a_broken_rule(rule, monkeypatch, caplog):
 PACKAGE = ("regions", "schedule", "graph", "spec/epilogue.py", "lower/plan.py", "reasons.py", "passes.py")
 
 
-@pytest.mark.parametrize("fn", WHOLE)
+# The largest graphs take minutes.
+STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, returned], [by_row])
+
+
+# The pass, which runs for the others below, decides as well.
+@pytest.mark.parametrize("fn", [fn for fn in WHOLE if EVERYTHING or fn not in (*STATIC, *DYNAMIC)])
 def test_an_exception_at_every_function_of_the_decision(fn):
     """It changes nothing, whether it comes to its end or not."""
     graph = joint_graph(fn, *fresh(head())).graph
     assert (
         inject(graph, lambda g: regions.decide(g, Config(min_logits_bytes=0)), PACKAGE, 60 if EVERYTHING else 15) > 100
     )
-
-
-# The largest graphs take minutes.
-STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, returned], [by_row])
 
 
 @pytest.mark.parametrize("fn, dynamic", [*((fn, False) for fn in STATIC), *((fn, True) for fn in DYNAMIC)])
