@@ -13,10 +13,14 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Else each process that compiles C++ first compiles, and loads in a process of its own, an example for each instruction
 # set that the CPU has: 15 seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# The workers of pytest-xdist share the cores: threads that wait for a core of another's take three times as long.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+import torch._dynamo.guards
 from torch._dynamo.utils import counters
 
 import lce_inductor
@@ -26,8 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", type=int, default=0, help="how many random programs to run; 0: the quick profile")
 
 
-# Every record of a trace would go through pytest's handlers, a tenth of the time of all tests; who needs them listens.
-logging.getLogger("torch.__trace").propagate = False
+# Two things that torch does at each compile, a fifth of the time of all tests, for nobody who listens here: texts of all
+# its graphs are made for the handlers that pytest adds, and caches are flushed to measure the guards.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
+torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from harness import V
 from torch import Tensor
 from torch.fx import Graph
+from turns import EVERYTHING
 
 import lce_inductor
 
@@ -304,11 +305,11 @@ class Calls(Fault):
         self.names.append(f"{Path(code.co_filename).name}:{code.co_firstlineno} {code.co_name}")
 
     def chosen(self, most: int) -> list[int]:
-        """The first two calls and the last of each function, and about `most` others."""
+        """The first call and the last of each function, with LCE_EVERYTHING=1 the second too; and about `most` others."""
         places: dict[str, list[int]] = {}
         for at, name in enumerate(self.names):
             places.setdefault(name, []).append(at)
-        found = {at for each in places.values() for at in (*each[:2], each[-1])}
+        found = {at for each in places.values() for at in (*each[: 2 if EVERYTHING else 1], each[-1])}
         return sorted(found | set(range(0, len(self.names), max(len(self.names) // most, 1))))
 
 
@@ -319,13 +320,14 @@ def anatomy(graph: Graph) -> list[Any]:
 
 
 def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], most: int) -> int:
-    """Run a stage again and again on copies of a graph, with an exception at the first two and the last call of each of
-    its functions and at about `most` calls between. After each the copy has to be what it was. Returns how many."""
+    """Run a stage again and again on copies of a graph, with an exception at the calls that Calls.chosen() names.
+    After each the copy has to be what it was. Returns how many."""
     before, calls = anatomy(graph), Calls(*folders)
     run(copied(graph))  # what is cached is not called again
     with calls.armed():
         run(copied(graph))
-    for at in calls.chosen(most):
+    chosen = calls.chosen(most)
+    for at in chosen:
         fault, copy = Fault(at, *folders), copied(graph)
         try:
             with fault.armed():
@@ -335,4 +337,4 @@ def inject(graph: Graph, run: Callable[[Graph], Any], folders: tuple[str, ...], 
             copy.lint()
         else:
             raise AssertionError(f"the stage went on after {calls.names[at]}")
-    return len(calls.chosen(most))
+    return len(chosen)

@@ -42,7 +42,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
-from turns import EVERYTHING
+from turns import EVERYTHING, crossed
 
 import lce_inductor
 from lce_inductor import Config, passes, regions
@@ -144,17 +144,18 @@ def test_a_compile_with_a_broken_rule(rule, monkeypatch, caplog):
 PACKAGE = ("regions", "schedule", "graph", "spec/epilogue.py", "lower/plan.py", "reasons.py", "passes.py")
 
 
-@pytest.mark.parametrize("fn", WHOLE)
+# The largest graphs take minutes.
+STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, returned], [by_row])
+
+
+# The pass, which runs for the others below, decides as well.
+@pytest.mark.parametrize("fn", [fn for fn in WHOLE if EVERYTHING or fn not in (*STATIC, *DYNAMIC)])
 def test_an_exception_at_every_function_of_the_decision(fn):
     """It changes nothing, whether it comes to its end or not."""
     graph = joint_graph(fn, *fresh(head())).graph
     assert (
         inject(graph, lambda g: regions.decide(g, Config(min_logits_bytes=0)), PACKAGE, 60 if EVERYTHING else 15) > 100
     )
-
-
-# The largest graphs take minutes.
-STATIC, DYNAMIC = (WHOLE, [two_heads, by_row]) if EVERYTHING else ([in_place, returned], [by_row])
 
 
 @pytest.mark.parametrize("fn, dynamic", [*((fn, False) for fn in STATIC), *((fn, True) for fn in DYNAMIC)])
@@ -256,8 +257,7 @@ def out_of_memory(run: Callable[[list[torch.Tensor]], Any], at: int) -> tuple[bo
     return fault.raised, found
 
 
-@pytest.mark.parametrize("fn", [several_losses, by_row])
-@pytest.mark.parametrize("gradients", ["auto", "recompute"])
+@pytest.mark.parametrize("gradients, fn", crossed(["auto", "recompute"], [several_losses, by_row]))
 def test_out_of_memory_inside_the_op(gradients, fn, frozen):
     """At one call in nine that the implementation makes (in three, with LCE_EVERYTHING=1), in the forward and in the
     backward: torch's own exception, nothing kept alive, and the next step has the same bits."""

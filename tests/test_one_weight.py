@@ -13,6 +13,7 @@ from test_second_derivatives import REFUSED
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import checkpoint
+from turns import crossed
 
 import lce_inductor
 from lce_inductor.graph.values import dependents, equal_values
@@ -217,9 +218,13 @@ def test_dynamic_shapes(second):
     assert waiting(traced.graph) == 1
 
 
-@pytest.mark.parametrize("name", ["of other weights", "programs of their own", "one without dX"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(
+    "name, dtype, autocast",
+    crossed(
+        ["of other weights", "programs of their own", "one without dX"], [torch.bfloat16, torch.float16], [False, True]
+    ),
+    ids=str,
+)
 def test_rounding(name, dtype, autocast, installed):
     fn = {**JOINED, **POSTPONED}[name]
 

@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from programs import DTYPES, B, Program, T, V, programs
 from torch import Tensor
 from torch.fx import Graph
+from turns import EVERYTHING
 
 import lce_inductor
 from lce_inductor.passes import DeferPass, HeadsPass
 
-QUICK = 30
+QUICK = 30 if EVERYTHING else 15
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def ways(name: str) -> list[Callable[[str], None]]:
 
 
 def cases() -> list[Any]:
-    found = [(n, w) for n in one_of(2, list(ALL)) for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(TWICE)]
+    found = [(n, w) for n in one_of(3, list(ALL)) for w in turns(n, ways(n))] + [(n, symbols) for n in sorted(TWICE)]
     return [pytest.param(n, w, id=f"{n}-{w.__name__}") for n, w in dict.fromkeys(found)]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from harness import Compiled, head
 from test_torch_features import H, loss_of, quick
 from torch import Tensor
+from turns import crossed
 
 import lce_inductor
 
@@ -41,9 +42,7 @@ LOSSES: dict[str, tuple[Callable[[Inputs, Tensor], Tensor], tuple[str, ...]]] = 
 }
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("gradients", ["auto", "recompute"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name, gradients, autocast", crossed([*LOSSES], ["auto", "recompute"], [False, True]))
 def test_an_error_for_each_pair(name: str, gradients: str, autocast: bool) -> None:
     """Of each gradient with respect to each input, also where None would be allowed."""
     lce_inductor.install(min_logits_bytes=0, gradients=gradients)

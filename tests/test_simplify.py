@@ -10,6 +10,7 @@ from harness import joint_graph
 from oracle import judge
 from text_programs import make_inputs
 from torch._dynamo.utils import counters
+from turns import crossed
 
 from lce_inductor.deferred_logits.tensor import DeferredLogits
 from lce_inductor.graph.backup import Backup
@@ -55,8 +56,7 @@ OTHER = {
 ARGS = make_inputs(("x3", "w"), torch.float64)
 
 
-@pytest.mark.parametrize("name", [*SAME, *OTHER])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name, dynamic", crossed([*SAME, *OTHER], [False, True]))
 def test_right(name, dynamic):
     fn = {**SAME, **OTHER}[name]
     verdict = judge(lambda x, w: fn(F.linear(x, w)), ARGS, dynamic=dynamic)

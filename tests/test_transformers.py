@@ -38,8 +38,15 @@ OTHERS = [name for name in hf.MODELS if not name.startswith("llama")]
 ALIKE = (
     "mistral, qwen2, qwen3, olmo2, phi3, gpt_neox, opt, bloom, falcon, mpt, xglm, biogpt, gpt_oss, deepseek_v3",
     "phi, bias; gptj, bias; codegen, bias",
+    "cohere, scaled; cohere2, scaled; hyperclovax, scaled",
+    "gemma2, softcap; gemma3 text, softcap; nanochat, softcap",
+    "mamba, float head; mamba2, float head",
+    "bart, bias buffer; mbart, bias buffer; marian, bias buffer",
+    "t5 v1.1; m2m_100",
+    "qwen2_vl, text only; llava, text only",
     "mixtral, auxiliary loss; qwen3_moe, auxiliary loss; granitemoe, auxiliary loss",
-    "roberta masked LM, xlm-roberta masked LM, distilbert masked LM, albert masked LM, electra masked LM",
+    "roberta masked LM, xlm-roberta masked LM, distilbert masked LM, albert masked LM, electra masked LM, "
+    "deberta-v2 masked LM, modernbert masked LM",
 )
 
 

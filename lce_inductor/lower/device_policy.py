@@ -120,7 +120,6 @@ class Products:
 class Policy:
     """What is known of a kind of device.
 
-    chunks, regions: of heads that the kernels compute, and of regions with a program of their own.
     algorithms: those for it, the fastest first; the last does everywhere.
     sums_are_scaled: does the product with the tangent take a bf16 dW that comes from several chunks as the fp32 sums
         that it is? It is a pass over dW less, and a rounding less; dW is held in both precisions then, as it would be
@@ -130,43 +129,51 @@ class Policy:
     chunks: Chunks
     classes: Classes
     memory: Memory
-    regions: Chunks
     algorithms: tuple[str, ...] = (BLOCKS,)
     anchored: Anchored = Anchored()
     products: Products = Products()
     sums_are_scaled: bool = False
 
 
-_CUDA = Chunks(
-    4096, 2048, least_bytes=256 << 20, least_saving=192 << 20, small_hidden=2048, rows_per_hidden=4.5,
-    most_bytes=1 << 30, tile=256, align=64,
-)  # fmt: skip
-_CPU = Chunks(
-    512, 512, least_bytes=0, least_saving=0, small_hidden=math.inf, rows_per_hidden=5, most_bytes=1 << 30, tile=16,
-    align=1,
-)  # fmt: skip
 POLICIES = {
     # Unaligned rows make a bf16 product about five times slower: 64 elements are one 128-byte line.
     "cuda": Policy(
-        _CUDA,
+        Chunks(
+            4096,
+            2048,
+            least_bytes=256 << 20,
+            least_saving=192 << 20,
+            small_hidden=2048,
+            rows_per_hidden=4.5,
+            most_bytes=1 << 30,
+            tile=256,
+            align=64,
+        ),
         # A block of 256 MiB takes 2 to 4% more time than one of 1 GiB, H100.
         Classes(bytes=1 << 30, least=1024, most=math.inf, tile=256),
         Memory(bytes=256 << 20, least_rows=512),
-        # Where H is small their sums into dW are the library's: 0.2 ms a chunk at 16384 x 1024 x 50304, H200.
-        regions=dataclasses.replace(_CUDA, target_rows=6144, rows_per_hidden=6),
         algorithms=(ANCHORED, ANCHORED_TRITON, KNOWN, ROWS, BLOCKS),
         sums_are_scaled=True,
     ),
     # Against a processor's slower arithmetic the traffic of dW weighs little, and small chunks stay near its caches.
     "cpu": Policy(
-        _CPU,
+        Chunks(
+            512,
+            512,
+            least_bytes=0,
+            least_saving=0,
+            small_hidden=math.inf,
+            rows_per_hidden=5,
+            most_bytes=1 << 30,
+            tile=16,
+            align=1,
+        ),
         # Blocks of 512 to 4096 classes take the same time, and all less than chunks of 512 rows: 2.35 for 2.45 s at
         # 2048 x 512 x 32768 and 2.41 for 2.61 at 512 x 1024 x 65536 (fp32, one thread).
         Classes(bytes=16 << 20, least=512, most=2048, tile=16),
         # In fp32, chunks of 128 rows cost 8% of the three products' time there, and chunks of 64 rows 28% and 14%; a
         # fourth product, in blocks of classes, 31% and 27%.
         Memory(bytes=16 << 20, least_rows=64),
-        regions=_CPU,
     ),
 }
 

@@ -51,7 +51,7 @@ class Arguments(NamedTuple):
         V = sum(w.shape[1] for w in self.weights) or max(factors, default=1)
         H = max((x.shape[1] for x in self.xs), default=1)
         itemsize = max((x.element_size() for x in self.xs), default=1)
-        policy = policy_of(self.first.device.type).regions
+        policy = policy_of(self.first.device.type).chunks
         return chunks(self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, policy)
 
     def size(self, sizes: Sequence[int | Sym]) -> list[int]:

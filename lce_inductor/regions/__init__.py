@@ -126,9 +126,8 @@ class Head:
         """How the op will cut the rows, by hint."""
         if self.plan is not None:
             return self.plan.chunks
-        policy = policy_of(self.device)
-        pieces = policy.regions if self.tier == "region" else policy.chunks
-        return chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, pieces)
+        policy = policy_of(self.device).chunks
+        return chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, policy)
 
     def plan_text(self, config: Config) -> str:
         """The same in words; of the kernels, with what computes it and why not what is faster."""
