@@ -96,10 +96,21 @@ def kto(run: Run) -> None:
     fit(run, "KTO", dataset.add_column("label", [i % 2 == 0 for i in range(len(dataset))]), options=options)
 
 
+def sampled(run: Run, name: str) -> None:
+    """Of rewards that differ, else there is nothing to learn."""
+    options = {"reward_funcs": lambda completions, **kwargs: [float(sum(map(ord, c)) % 7) for c in completions]}
+    more = {"max_completion_length": 8, "num_generations": BATCH, "max_steps": 1, "beta": 0.0}
+    fit(run, name, data(prompt=T // 2), options=options, **more)
+
+
 @case("TRL GRPO", PACKAGES, line=DEFER, note=OWN_HEAD)
 def grpo(run: Run) -> None:
-    options = {"reward_funcs": lambda completions, **kwargs: [float(sum(map(ord, c)) % 7) for c in completions]}
-    fit(run, "GRPO", data(prompt=T // 2), options=options, max_completion_length=8, num_generations=BATCH, max_steps=1)
+    sampled(run, "GRPO")
+
+
+@case("TRL RLOO", PACKAGES, line=DEFER, note=OWN_HEAD)
+def rloo(run: Run) -> None:
+    sampled(run, "RLOO")
 
 
 @case("TRL ORPO", PACKAGES, line=DEFER, logits=2 * BATCH * T * V)
