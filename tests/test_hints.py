@@ -92,6 +92,16 @@ def masked(x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z[some], y[some])
 
 
+def masked_classes(x: Tensor, y: Tensor) -> Tensor:
+    z = lin(x).log_softmax(-1)
+    return -(z.exp() * z)[y > 3].sum()
+
+
+def masked_sums(x: Tensor, y: Tensor) -> Tensor:
+    z = lin(x).log_softmax(-1)
+    return -(z.exp() * z).sum(-1)[y > 3].sum()
+
+
 def by_item(x: Tensor, y: Tensor) -> Tensor:
     z = lin(x)
     return F.cross_entropy(z / x.detach().abs().max().item(), y)
@@ -179,6 +189,7 @@ CASES: dict[str, tuple[Callable[..., Any], str, str, Callable[..., Any], Callabl
         masked, "graph-break", "capture_dynamic_output_shape_ops = True", masked,
         lambda: setting("capture_dynamic_output_shape_ops"),
     ),
+    "values of classes by a mask": (masked_classes, "returned", "values.sum(-1)[mask]", masked_sums, ALONE),
     "a number read": (
         by_item, "graph-break", "capture_scalar_outputs = True", by_item, lambda: setting("capture_scalar_outputs")
     ),

@@ -67,11 +67,11 @@ def _stop(ended: GraphReport | None, session: Session | None) -> str:
 
 
 def _refused(record: HeadRecord, code: str, stop: str, hint: str = "") -> HeadRecord:
-    record, hint = record.refused(code, stop), _hint(stop) or hint
+    record, hint = record.refused(code, stop), _hint(stop, code) or hint
     return dataclasses.replace(record, hint=hint) if hint else record
 
 
-def _hint(stop: str) -> str:
+def _hint(stop: str, code: str) -> str:
     """What is to be done about some breaks."""
     if "self.loss_function" in stop:  # models without a loss type of their own warn about it through a logger
         return 'set model.loss_type = "ForCausalLM" before compiling (Hugging Face)'
@@ -80,7 +80,10 @@ def _hint(stop: str) -> str:
     if "torch.compiler.disable" in stop:
         return "take torch.compiler.disable off the head, off the loss, or off what stands between them"
     if "dynamic shape operator" in stop.lower() or "dynamic output shape" in stop.lower():
-        return f"set {_DYNAMIC}: rows that a mask selects then stay in the graph"
+        found = f"set {_DYNAMIC}: rows that a mask selects then stay in the graph"
+        # Rows of what the loss has made of each class would hold it there, too.
+        of_sums = "; of a value for each class, select rows of the sums: values.sum(-1)[mask]"
+        return found + of_sums if code == "returned" else found
     if "item()" in stop or "scalar" in stop.lower():
         return f"set {_SCALAR}, or take the number out of the tensor behind the loss"
     return ""

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import time
 import traceback
@@ -246,6 +247,7 @@ def compare(case: Case, interpret: bool) -> dict[str, Any]:
         "loss": difference(ours.losses, plain.losses),
         "gradient": difference(ours.gradients, plain.gradients),
         "tolerance": TOLERANCE[case.dtype],
+        "norm": max((t.double().norm().item() for t in plain.gradients or plain.losses), default=0.0),
         "logits": case.logits * itemsize,
         "largest": [plain.largest, ours.largest],
         "peak": [plain.peak, ours.peak],
@@ -262,6 +264,18 @@ def compare(case: Case, interpret: bool) -> dict[str, Any]:
         "read_products": sum(r.products for r in reads),
     }
     return row
+
+
+def recipe(run: Run, page: str) -> None:
+    """The Python of a page of docs/recipes/, which leaves `losses` and a `model` with gradients."""
+    text = (Path(__file__).parents[2] / "docs" / "recipes" / f"{page}.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.S | re.M)
+    for name in ("install",) if run.ours else ("install", "defer"):  # installed it is, with chunks for these sizes
+        run.enter_context(mock.patch.object(lce_inductor, name))
+    found: dict[str, Any] = {"__name__": f"recipe_{page}"}
+    exec(compile(code, f"docs/recipes/{page}.md", "exec"), found)
+    run.loss(*found["losses"])
+    run.gradients_of(found["model"])
 
 
 def file_of(package: str, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -12,6 +13,7 @@ from .measure import BATCH, Run, T, V, case
 
 PACKAGES = "trl transformers accelerate"
 OWN_HEAD = "its own fused head, by chunks of 32768 classes"
+METRICS = OWN_HEAD + ", in a second forward for the metrics"
 
 
 def tokenizer() -> Any:
@@ -73,7 +75,7 @@ def chunked_nll(run: Run) -> None:
     fit(run, "SFT", data(text=T), loss_type="chunked_nll")
 
 
-@case("TRL SFT, label_smoothing_factor", PACKAGES, line=DEFER)
+@case("TRL SFT, label_smoothing_factor", PACKAGES, line=DEFER, note=METRICS)
 def sft_smoothed(run: Run) -> None:
     fit(run, "SFT", data(text=T), label_smoothing_factor=0.1)
 
@@ -94,10 +96,21 @@ def kto(run: Run) -> None:
     fit(run, "KTO", dataset.add_column("label", [i % 2 == 0 for i in range(len(dataset))]), options=options)
 
 
+def sampled(run: Run, name: str) -> None:
+    """Of rewards that differ, else there is nothing to learn."""
+    options = {"reward_funcs": lambda completions, **kwargs: [float(sum(map(ord, c)) % 7) for c in completions]}
+    more = {"max_completion_length": 8, "num_generations": BATCH, "max_steps": 1, "beta": 0.0}
+    fit(run, name, data(prompt=T // 2), options=options, **more)
+
+
 @case("TRL GRPO", PACKAGES, line=DEFER, note=OWN_HEAD)
 def grpo(run: Run) -> None:
-    options = {"reward_funcs": lambda completions, **kwargs: [float(len(c)) for c in completions]}
-    fit(run, "GRPO", data(prompt=T // 2), options=options, max_completion_length=8, num_generations=BATCH, max_steps=1)
+    sampled(run, "GRPO")
+
+
+@case("TRL RLOO", PACKAGES, line=DEFER, note=OWN_HEAD)
+def rloo(run: Run) -> None:
+    sampled(run, "RLOO")
 
 
 @case("TRL ORPO", PACKAGES, line=DEFER, logits=2 * BATCH * T * V)
@@ -110,21 +123,42 @@ def cpo(run: Run) -> None:
     fit(run, "CPO", data(**PAIRS), home="trl.experimental.cpo", max_length=2 * T)
 
 
-def gkd(run: Run, compile: bool) -> None:
-    from unittest import mock
+def teacher() -> Any:
+    """Of other weights than the student's, so that there is something to learn."""
+    made = llama()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return made
 
-    from trl.experimental.gkd import GKDTrainer
 
-    teacher = llama()
-    run.defer(teacher)
-    if compile and run.ours:
-        loss = staticmethod(torch.compile(GKDTrainer.generalized_jsd_loss))
-        run.enter_context(mock.patch.object(GKDTrainer, "generalized_jsd_loss", loss))
+@case("TRL distillation", PACKAGES, line=DEFER, note=OWN_HEAD)
+def distillation(run: Run) -> None:
+    options = {"teacher_model": teacher()}
+    fit(run, "Distillation", data(prompt=T // 2), options=options, max_completion_length=8, max_steps=1)
+
+
+def gkd(run: Run, compile: bool, edit: tuple[str, str] = ("", "")) -> None:
+    """edit: of the loss's source."""
+    import inspect
+    import textwrap
+
     from datasets import Dataset
+    from trl.experimental.gkd import GKDTrainer, gkd_trainer
+
+    known = teacher()
+    run.defer(known)
+    if compile and run.ours:
+        source = textwrap.dedent(inspect.getsource(GKDTrainer.generalized_jsd_loss))
+        assert edit[0] in source
+        found: dict[str, Any] = {}
+        exec(source.replace(*edit).removeprefix("@staticmethod\n"), vars(gkd_trainer), found)
+        loss = staticmethod(torch.compile(found["generalized_jsd_loss"]))
+        run.enter_context(mock.patch.object(GKDTrainer, "generalized_jsd_loss", loss))
 
     texts = zip(words(3 * BATCH, T // 2, 1), words(3 * BATCH, T // 2, 2))
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in texts]
-    options = {"teacher_model": teacher}
+    options = {"teacher_model": known}
     fit(
         run, "GKD", Dataset.from_dict({"messages": chats}), home="trl.experimental.gkd", options=options, lmbda=0.0,
         max_length=2 * T,
@@ -139,3 +173,11 @@ def gkd_eager(run: Run) -> None:
 @case("TRL GKD, compiled loss", PACKAGES, line="torch.compile(GKDTrainer.generalized_jsd_loss)")
 def gkd_compiled(run: Run) -> None:
     gkd(run, compile=True)
+
+
+SUMMED = ("jsd = jsd[mask]", "jsd = jsd.sum(-1)[mask]")
+
+
+@case("TRL GKD, compiled loss, summed first", PACKAGES, line=f"the same, with {SUMMED[1]} in it")
+def gkd_summed(run: Run) -> None:
+    gkd(run, compile=True, edit=SUMMED)
