@@ -27,8 +27,7 @@ from lce_inductor.lower import region_compiled as compiled
 from lce_inductor.lower import region_cpu, region_cuda
 from lce_inductor.lower.device_policy import POLICIES
 from lce_inductor.lower.plan import using
-from lce_inductor.lower.region import prepare, run
-from lce_inductor.ops import row_region as regions
+from lce_inductor.lower.region import run
 from lce_inductor.spec.program import Sym, parse
 
 N, H, V = 23, 6, 311
@@ -327,7 +326,7 @@ def test_inductor_makes_one_code(with_compiler: None, monkeypatch: pytest.Monkey
     device, tolerance = ("cuda", GPU_TOLERANCES[torch.float32]) if torch.cuda.is_available() else ("cpu", 2e-6)
     case = cross_entropy(N, H, V, torch.float32, device)
     with torch._inductor.config.patch(joint_custom_pre_pass=hook, post_grad_custom_post_pass=hook):
-        assert prepare(case.arguments(7))
+        case.run(7)
     assert made == [7]
     for n in (N, N - 3, N + 2):
         case = cross_entropy(n, H, V, torch.float32, device)
@@ -338,24 +337,6 @@ def test_inductor_makes_one_code(with_compiler: None, monkeypatch: pytest.Monkey
     for t in threads:
         t.join()
     assert made == [7] and all(code.fits.cache_info().hits for code in compiled._codes.values())
-
-
-def test_preparing_from_a_graph(with_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fake tensors, sizes of which are symbols."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    made = _count_compiles(monkeypatch, real=False)
-    case = cross_entropy(N, H, V, torch.float32)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [[mode.from_tensor(t) for t in arg] if isinstance(arg, list) and arg and isinstance(arg[0], Tensor) else arg
-             for arg in case.call]  # fmt: skip
-    fakes[0] = fakes[1][0].shape[0]
-    assert isinstance(fakes[0], torch.SymInt)
-    assert regions.prepare(*fakes, 7, 1 << 30)
-    assert made == [7]
-    case.run(7)
-    assert made == [7]
 
 
 def test_without_a_compiler_nothing_is_lost(

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from ..spec.sizes import round_up
-from . import region_compiled as compiled
 from . import region_cpu, region_cuda
 from .plan import policy_of
 from .products import as_factor
 from .region_arguments import Arguments, check
 from .region_compiled import Key
-from .region_steps import Chunk, pieces
+from .region_steps import Chunk
 from .region_values import Meta, meta, places, propagate, used, wide
 
 
@@ -54,20 +53,6 @@ def fits(a: Arguments) -> None:
             raise RuntimeError(
                 f"program: of two rows, result {k} of kind {result.kind!r} must be {wanted}, got {found}"
             )
-
-
-def prepare(a: Arguments) -> bool:
-    """Compile what `run` will need for arguments like these, fake ones with sizes that are numbers, ahead of the first
-    call. False where nothing is compiled, because nothing has to be or it failed."""
-    device = device_of(a)
-    if not a.N or not device.compiles(a.first.device):
-        return False
-    check(a)
-    chunks = a.chunks()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        key = _Memory(a, chunks.rows, _logits(a, chunks.rows)).key
-    counts = {count for _, n in chunks.bounds(a.N) for _, count in pieces(key, n, device.elements())}
-    return all(compiled.prepare(key, n) for n in sorted(counts - {1}, reverse=True))
 
 
 def device_of(a: Arguments) -> ModuleType:

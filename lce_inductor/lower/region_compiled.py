@@ -107,11 +107,6 @@ def run(key: Key, n: int, inputs: Sequence[Tensor], homes: Sequence[Tensor]) -> 
     return list(code.call(*[inputs[i].detach() for i in _read(key.text)], *homes, *numbers))
 
 
-def prepare(key: Key, n: int) -> bool:
-    """Make the code for n rows ahead of the first call. False where none can be made."""
-    return _find(key, n) is not None
-
-
 def clear() -> None:
     """Forget all code."""
     with _lock:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..lower.region import fits, run
-from ..lower.region import prepare as ahead
 from ..lower.region_arguments import Arguments, check_devices
 from ..spec.program import Sym, parse
 
@@ -40,23 +39,11 @@ def _arguments(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def prepare(*args: Any) -> bool:
-    """Compile what a call of the op with arguments like these needs, so that the first one does not have to.
-
-    For the pass that puts the op into a graph, with the values in its node's meta: a fake kernel runs too often. Sizes
-    that are symbols count as their hints.
-
-    False where nothing is compiled: not on this device, a size is not known, or it failed.
-    """
-    found = _by_hints(args)
-    return found is not None and ahead(found)
-
-
 def dry_run(*args: Any) -> None:
     """Raise now what a call with arguments like these would raise, if its program does not fit together.
 
-    For that pass, too: what has been written is taken back while nobody has seen it. Nothing is done where a size is
-    not known.
+    For the pass that puts the op into a graph, with the values in its node's meta: what has been written is taken back
+    while nobody has seen it. Sizes that are symbols count as their hints; nothing is done where one is not known.
     """
     found = _by_hints(args)
     if found is not None:
