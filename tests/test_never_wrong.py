@@ -170,7 +170,21 @@ MUTATIONS = {
     "weight": "v = w.detach().clone()\nz = F.linear(x, v)\nv.mul_(2)\nreturn z.logsumexp(-1).sum()",
     "hidden states": "h = x.detach().clone()\nz = F.linear(h, w.detach())\nh.zero_()\nreturn z.logsumexp(-1).sum()",
 }
+# Inputs written to under no_grad that autograd saves for nothing, and that a backward computing logits again reads.
+WRITTEN = {
+    "bias": Z.replace("x, w", "x, w, b")
+    + "with torch.no_grad():\n    b.add_(1)\nreturn F.cross_entropy(z, y, reduction='none') + 0 * b.sum()",
+    "bias through a view": "z = torch.addmm(b, x, w.T)\nwith torch.no_grad():\n    b.view(-1)[1:3].add_(1)\nreturn F.cross_entropy(z, y, reduction='none')",
+    "bias of a region": "z = F.linear(x, w, b).clamp(max=1.5)\nwith torch.no_grad():\n    b.mul_(3)\nreturn F.cross_entropy(z, y, reduction='none') ** 2",
+    "hidden states of a frozen weight": "z = F.linear(x, w.detach())\nwith torch.no_grad():\n    x.mul_(2)\nreturn F.cross_entropy(z, y, reduction='none') + 0 * x.sum()",
+    "weight of frozen hidden states": "z = F.linear(x.detach(), w)\nwith torch.no_grad():\n    w.mul_(2)\nreturn F.cross_entropy(z, y, reduction='none') + 0 * w.sum()",
+    "bias of the sum": Z.replace("x, w", "x, w, b")
+    + "with torch.no_grad():\n    b.add_(1)\nreturn F.cross_entropy(z, y)",
+}
+HALVED = "z = F.linear(x3, w)[1]\nz = z[..., ::2]\nz = torch.stack([z, -z], 1)[:, 0]\n"
 PROGRAMS = {
+    **{f"written: {k}": Text(v) for k, v in WRITTEN.items()},
+    "every other class, sizes that are symbols": Text(HALVED + "return z.log_softmax(-1).take_along_dim(torch.full([1] * z.dim(), 2 % 19), -1).mean()", dynamic=True),
     **{f"spelling: {k}": Text(v) for k, v in SPELLINGS.items()},
     **{f"target: {k}": Text(f"{Z}t = {v}\nreturn -(t * z.log_softmax(-1)).sum(-1).mean()") for k, v in TARGETS.items()},
     **{f"kl target: {k}": Text(f"{Z}t = {v}\nreturn F.kl_div(z.log_softmax(-1), t + 0.01, reduction='sum')") for k, v in TARGETS.items() if "scatter" in k},

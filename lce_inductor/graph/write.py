@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,10 +70,7 @@ class Writer:
         return self._made(expr)
 
     def _made(self, expr: Any) -> Node:
-        import operator
-
-        ops = {sympy.Mul: operator.mul, sympy.Add: operator.add}
-        parts = factors(expr)
+        ops, parts = _operators(), factors(expr)
         if type(expr) not in ops and len(parts) < 2:
             raise ValueError(f"no node of the graph has the size {expr}")
         first, *rest = expr.args if type(expr) in ops else parts
@@ -107,6 +106,19 @@ def find_size(graph: Graph, expr: Any, avoid: set[Node]) -> Node | tuple[Node, i
     return None
 
 
+@functools.cache
+def _operators() -> dict[Any, Any]:
+    """What sizes are made by, of sizes."""
+    from torch.utils._sympy import functions
+
+    found = {sympy.Mul: operator.mul, sympy.Add: operator.add}
+    return found | {
+        functions.FloorDiv: operator.floordiv,
+        functions.PythonMod: operator.mod,
+        functions.Mod: operator.mod,
+    }
+
+
 def factors(expr: Any) -> list[Any]:
     """s, s of s**2."""
     power = isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and expr.exp > 1
@@ -117,7 +129,7 @@ def can_size(graph: Graph, expr: Any, avoid: set[Node]) -> bool:
     """Can a Writer give this size?"""
     if isinstance(expr, (int, sympy.Integer)) or find_size(graph, expr, avoid) is not None:
         return True
-    parts = expr.args if isinstance(expr, (sympy.Mul, sympy.Add)) else factors(expr)
+    parts = expr.args if type(expr) in _operators() else factors(expr)
     return len(parts) > 1 and all(can_size(graph, a, avoid) for a in parts)
 
 

@@ -62,6 +62,7 @@ _lib.define(
     f"{_STATS}, Tensor dx, Tensor dw, Tensor db)"
 )
 _lib.define("once(Tensor value, Tensor[] inputs) -> Tensor")
+_lib.define("kept(Tensor value) -> Tensor")
 
 
 def _positions(name: str) -> dict[str, int]:
@@ -267,8 +268,14 @@ def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
     return value.clone()
 
 
+def _kept(value: Tensor) -> Tensor:
+    """A copy that Inductor does not take for a no-op (see schedule/written_inputs.py)."""
+    return value.clone()
+
+
 for _name, _real, _fake in (
     ("once", _once, _once),
+    ("kept", _kept, _kept),
     ("row_stats", _row_stats, _fake_row_stats),
     ("row_stats_backward", _row_stats_backward, _fake_row_stats_backward),
     ("row_stats_with_grad", _row_stats_with_grad, _fake_row_stats_with_grad),

@@ -23,6 +23,7 @@ from .one_weight import REGION, next_to_join, too_many
 from .request import leaves_rows_out, request_of
 from .tangents import Illegal, heads_of, row_gradients
 from .write_one_weight import join, postpone
+from .written_inputs import keep_what_stood_there
 
 log = logging.getLogger("lce_inductor")
 ops = torch.ops.lce_inductor
@@ -36,13 +37,17 @@ class Scheduled(NamedTuple):
 
 
 def schedule(graph: Graph, config: Config) -> dict[Node, Scheduled]:
-    """move(), restrict() and add_up(). Returns what became of the calls that were there, for those with gradients that
-    this stage has decided about. What nobody reads any more is still there."""
+    """move(), restrict(), add_up() and keep_what_stood_there().
+
+    Returns what became of the calls that were there, for those with gradients that this stage has decided about. What
+    nobody reads any more is still there.
+    """
     found = move(graph, config)
     if found:
         sort(graph)
     restrict(graph)
     add_up(graph, config, found)
+    keep_what_stood_there(graph)
     return found
 
 
