@@ -319,7 +319,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = [a for a in tree_iter((args, kwargs)) if isinstance(a, PendingLogits)]
     if not given:
         return func(*args, **kwargs)
-    if func is T.requires_grad_ and not (given[0].requires_grad or traced(given[0].tensors["x"])):
+    leaf = func is T.requires_grad_ and (args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+    if leaf and not (given[0].requires_grad or traced(given[0].tensors["x"])):
         raise RuntimeError(
             f"{START}: made without a gradient, they can't be made to require one, which would be of their size; "
             "logits.clone().requires_grad_() can"
