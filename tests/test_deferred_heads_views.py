@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lce_inductor
 from lce_inductor.deferred_heads.logits import PendingLogits
+from lce_inductor.deferred_logits.tensor import DeferredLogits
 from lce_inductor.reporting import history
 
 B, T, H, V = 2, 7, 8, 12
@@ -204,3 +205,11 @@ def test_what_torch_cannot_compile_reads(heads, monkeypatch, caplog) -> None:
         torch.testing.assert_close(ours, plain)
     assert len(tried) == 1 and caplog.text.count("cross_entropy of pending logits is not compiled") == 1
     assert lce_inductor.report().reads
+
+
+@pytest.mark.parametrize("name", ["classes", "every other class", "mT of classes", "rows"])
+def test_strides_of_detached_logits(name: str, heads: tuple[nn.Module, nn.Module]) -> None:
+    x = torch.randn(B, T, H, dtype=torch.float64)
+    ours, plain = (STRIDED[name](head(x).detach()) for head in heads)
+    assert type(ours) is DeferredLogits
+    torch.testing.assert_close(by_strides(ours) + 0, plain + 0)
