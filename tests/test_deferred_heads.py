@@ -388,15 +388,26 @@ def test_writes_that_autograd_does_not_see(installed):
 
 def test_backward_twice(installed):
     model, plain = pair()
-    ids, y = batch()
-    for m in (model, plain):
-        z = m(ids)
-        a, b = ce(z, y), nn.CrossEntropyLoss(reduction="sum")(z.flatten(0, 1), y.flatten())
-        a.backward(retain_graph=True)
-        a.backward(retain_graph=True)
-        with torch.autograd.detect_anomaly():
-            b.backward()
+    for ids, y in (batch(), batch(t=T - 2), batch(t=T - 3)):  # from the second length on sizes are symbols
+        for m in (model, plain):
+            z = m(ids)
+            a, b = ce(z, y), nn.CrossEntropyLoss(reduction="sum")(z.flatten(0, 1), y.flatten())
+            a.backward(retain_graph=True)
+            a.backward(retain_graph=True)
+            with torch.autograd.detect_anomaly():
+                b.backward()
     torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
+
+
+def test_logits_without_a_gradient_are_made_no_leaf(installed):
+    model, _ = pair()
+    with torch.no_grad():
+        z = model(batch()[0])
+    with pytest.raises(RuntimeError, match=r"logits\.clone\(\)\.requires_grad_\(\) can"):
+        z.requires_grad_()
+    real = z.requires_grad_(False).clone().requires_grad_()
+    ce(real, batch()[1]).backward()
+    assert type(real.grad) is Tensor and real.grad.any()
 
 
 def test_many_kinds_of_loss(installed):

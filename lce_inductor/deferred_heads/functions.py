@@ -24,7 +24,7 @@ from ..deferred_logits.tensor import Spec as DeferredSpec
 from ..reporting.history import deferred_read
 from .logits import COPY, REMEDY, START, Memory, PendingLogits, is_functional, keep, kept, of_parts, parts, real
 from .loss import cross_entropy, of_rows
-from .steps import Step, View, compute_classes
+from .steps import STEPS, Step, View, compute_classes
 
 T = torch.Tensor
 
@@ -32,11 +32,13 @@ T = torch.Tensor
 # -- steps, which wait
 
 
-def _wait(z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None) -> PendingLogits:
+def _wait(
+    z: PendingLogits, name: str, *args: Any, dtype: torch.dtype | None = None, size: Any = None, stride: Any = None
+) -> PendingLogits:
     """size: of a view."""
     spec = dataclasses.replace(z.spec, steps=(*z.spec.steps, Step(name, args)), dtype=dtype or z.dtype)
     shape, memory = (z.shape, Memory(z.memory.head)) if size is None else (size, z.memory)
-    return of_parts(*parts(z), spec, shape, memory)
+    return of_parts(*parts(z), spec, shape, memory, stride)
 
 
 def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:
@@ -54,7 +56,10 @@ def _to(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
         return _cast(z, other.dtype) if other.device == z.device else NotImplemented
     devices = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, str | torch.device | int)]
     dtypes = [a for a in (*args, kwargs.pop("dtype", None)) if isinstance(a, torch.dtype)]
-    here = all(_device(d, z) == z.device for d in devices if not isinstance(d, bool))
+    devices = [_device(d, z) for d in devices if not isinstance(d, bool)]
+    here = all(d == z.device for d in devices)
+    if not here and not kwargs:
+        return _value(z).to(devices[0], dtypes[0] if dtypes else z.dtype)
     return _cast(z, dtypes[0] if dtypes else z.dtype) if here and not kwargs else NotImplemented
 
 
@@ -72,7 +77,7 @@ def _scale(name: str) -> Callable[..., Any]:
 
 def _scale_in_place(name: str) -> Callable[..., Any]:
     def rule(z: PendingLogits, other: Any, **kwargs: Any) -> Any:
-        if type(other) not in (int, float) or kwargs:
+        if type(other) not in (int, float) or kwargs or not z.is_contiguous():
             return NotImplemented
         if z.requires_grad and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -314,6 +319,12 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = [a for a in tree_iter((args, kwargs)) if isinstance(a, PendingLogits)]
     if not given:
         return func(*args, **kwargs)
+    leaf = func is T.requires_grad_ and (args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+    if leaf and not (given[0].requires_grad or traced(given[0].tensors["x"])):
+        raise RuntimeError(
+            f"{START}: made without a gradient, they can't be made to require one, which would be of their size; "
+            "logits.clone().requires_grad_() can"
+        )
     if _asks(func) or (func in (T.detach, torch.detach) and traced(given[0].tensors["x"])):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -350,14 +361,34 @@ def _view_later(z: PendingLogits, func: Any, args: tuple[Any, ...], kwargs: dict
     outs = list(found) if several else [found]
     if not outs or not all(isinstance(o, Tensor) and o.dtype == z.dtype and _shares(o, shapes) for o in outs):
         return NotImplemented
+    if not several and (before := _unshaped(z)) is not None and found.is_contiguous() and found.numel() == z.numel():
+        return before if found.shape == before.shape else call(T.view, (before, tuple(found.shape)), {})
     if _is_attribute(func):
         func, args = func.__self__.__name__, ()
     views = [View(func, args, kwargs, n if several else None) for n in range(len(outs))]
-    made = [_wait(z, "view", view, size=o.shape) for view, o in zip(views, outs)]
-    if (values := kept(z)) is not None:
+    strides = [o.stride() if o.numel() > z.numel() else None for o in outs]  # as compute() leaves them
+    made = [_wait(z, "view", view, size=o.shape, stride=s) for view, o, s in zip(views, outs, strides)]
+    if kept(z) is not None:
+        values = real(z)
         for one, view in zip(made, views):
             keep(one, view(values))
     return type(found)(made) if several else made[0]
+
+
+def _unshaped(z: PendingLogits) -> PendingLogits | None:
+    """These numbers in the shape that they had before the last view, if that did no more than give them another."""
+    *steps, last = z.spec.steps or (None,)
+    if last is None or last.name != "view" or kept(z) is not None or traced(z.tensors["x"]):
+        return None
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        size = (*z.tensors["x"].shape[:-1], z.tensors["weight"].shape[0])
+        shapes = torch.empty(size, device="meta", dtype=z.dtype)
+        for step in steps:
+            shapes = STEPS[step.name](shapes, *step.args).contiguous()
+        viewed = last.args[0](shapes)
+    if not viewed.is_contiguous() or viewed.numel() != shapes.numel() or shapes.numel() > math.prod(size):
+        return None
+    return of_parts(*parts(z), dataclasses.replace(z.spec, steps=tuple(steps)), tuple(shapes.shape), z.memory)
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:

@@ -174,14 +174,15 @@ class PendingLogits(Tensor):
 
 
 def of_parts(
-    x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, size: Any, memory: Memory | None = None
-) -> PendingLogits:
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, size: Any, memory: Memory | None = None,
+    stride: Any = None,
+) -> PendingLogits:  # fmt: skip
     """Logits of tensors that autograd knows."""
     grads = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     needs = [grads and t is not None and t.requires_grad for t in (x, weight, bias)]
     spec = dataclasses.replace(spec, needs=(needs[0], needs[1], needs[2]))
     with torch.set_grad_enabled(grads):
-        made: PendingLogits = _Make.apply(x, weight, bias, spec, size, memory)  # type: ignore[no-untyped-call]
+        made: PendingLogits = _Make.apply(x, weight, bias, spec, size, memory, stride)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -197,27 +198,28 @@ def parts(z: PendingLogits) -> tuple[Tensor, Tensor, Tensor | None]:
 class _Make(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, size: Any, memory: Memory | None
-    ) -> PendingLogits:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, size: Any, memory: Memory | None,
+        stride: Any,
+    ) -> PendingLogits:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.spec = spec
         given = {n: t for n, t in zip(PARTS, (x, weight, bias), strict=True) if t is not None}
         ctx.save_for_backward(*given.values())
         ctx.memory = memory or Memory()
         ctx.writes = ctx.memory.writes
-        return PendingLogits({n: t.detach() for n, t in given.items()}, spec, size, None, ctx.memory)
+        return PendingLogits({n: t.detach() for n, t in given.items()}, spec, size, stride, ctx.memory)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return (None,) * 6
+            return (None,) * 7
         if isinstance(gradient, LogitsGradient):
             found = [gradient.tensors.get(n) for n in PARTS]
         else:  # of logits that somebody read below autograd's eyes: a custom autograd function
             if ctx.writes != ctx.memory.writes:
                 raise RuntimeError(f"{START}, and were scaled in place before they were read: {COPY}")
             found = _of_real(ctx.saved_tensors, ctx.spec, gradient)
-        return (*once(found, ctx.saved_tensors), None, None, None)
+        return (*once(found, ctx.saved_tensors), None, None, None, None)
 
 
 def _of_real(given: tuple[Tensor, ...], spec: Spec, gradient: Tensor) -> list[Tensor | None]:
@@ -253,7 +255,8 @@ def real(z: PendingLogits) -> Tensor:
         found = compute(*parts(z), z.spec)
         if is_functional(z) or z.spec.kept:
             keep(z, found)
-    return found
+    # A view of kept values has their strides.
+    return found if is_functional(z) or found.stride() == z.stride() else found.contiguous()
 
 
 def keep(z: PendingLogits, values: Tensor) -> None:

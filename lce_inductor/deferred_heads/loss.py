@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from ..graph.values import WRAPPERS
+from ..reporting.records import log
 
 WRAPPERS.add(__file__)  # reports name the line that called what is compiled here
 
@@ -29,21 +30,39 @@ class _Inside(threading.local):
 
 
 _inside = _Inside()
+_failed: set[Any] = set()
+"""What torch could not compile."""
 
 
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """func of these arguments, compiled, or NotImplemented: read the logits."""
     if _inside.now or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return NotImplemented
+    kind = func, _kind(kwargs), *map(_kind, args)
+    if kind in _failed:
+        return NotImplemented
     _inside.now = True
     try:
         # A loop that compiles nothing may keep its graph for a second backward; the cache would not tell these apart.
         with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
-            return _compiled(func, _kind(kwargs), *map(_kind, args))(*args, **kwargs)
+            return _nothing_donated(_compiled(*kind)(*args, **kwargs))
     except torch._dynamo.exc.TorchRuntimeError:  # bad input: the error is to be eager's
+        return NotImplemented
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        _failed.add(kind)
+        log.warning("%s of pending logits is not compiled, and reads them: %s", func.__name__[1:], error)
         return NotImplemented
     finally:
         _inside.now = False
+
+
+def _nothing_donated(out: Tensor) -> Tensor:
+    """Compiled without donated buffers, a graph has None for their list, which a backward takes for some if it keeps
+    the graph and was compiled before it was known that it would."""
+    metadata: Any = getattr(getattr(out.grad_fn, "_forward_cls", None), "metadata", None)
+    if getattr(metadata, "bw_donated_idxs", ()) is None:
+        metadata.bw_donated_idxs = []
+    return out
 
 
 def _kind(value: Any) -> Any:

@@ -95,9 +95,16 @@ def compute(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tenso
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         z = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         z = z.view(*x.shape[:-1], weight.shape[0])
+        larger = False
         for step in spec.steps:
-            z = STEPS[step.name](z, *step.args)
-    return z
+            if step.name != "view":
+                z, larger = STEPS[step.name](z, *step.args), False
+                continue
+            z = z if larger else z.contiguous()
+            before, z = z.numel(), STEPS[step.name](z, *step.args)
+            larger = z.numel() > before
+    # In memory as pending logits say that they are: who asks for strides may rely on them.
+    return z if larger else z.contiguous()
 
 
 def compute_classes(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, spec: Spec) -> Tensor:

@@ -58,7 +58,8 @@ def _same(func: Any, z: DeferredLogits) -> Any:
 
 
 def _view_later(func: Any, z: DeferredLogits, *args: Any) -> Any:
-    shapes = func(torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device="meta"), *args)
+    layout = (2, *z.shape), (z.storage_offset(), *z.stride())  # of two, the second is at its offset
+    shapes = func(torch.empty_strided(*layout, dtype=z.dtype, device="meta")[1], *args)
     if isinstance(shapes, Tensor):
         return z.derive(like=shapes, views=(*z.spec.views, View(func, args, None)))
     return [z.derive(like=s, views=(*z.spec.views, View(func, args, i))) for i, s in enumerate(shapes)]

@@ -121,8 +121,8 @@ class DeferredLogits(Tensor):
         cls, inner: dict[str, Tensor], spec: Spec, like: Any = None, versions: Any = None, steps: Any = None
     ) -> DeferredLogits:
         x = inner["x"]
-        size, stride = like or ((*x.shape[:-1], inner["weight"].shape[0]), None)
-        self = Tensor._make_wrapper_subclass(cls, size, stride, dtype=spec.dtypes[-1], device=x.device)
+        size, stride, offset = like or ((*x.shape[:-1], inner["weight"].shape[0]), None, None)
+        self = Tensor._make_wrapper_subclass(cls, size, stride, offset, dtype=spec.dtypes[-1], device=x.device)
         # Who looks for memory (share_memory_(), set_(), another tensor's .data) finds an exception, and not an address.
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.tensors, self.spec = inner, spec
@@ -146,7 +146,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> DeferredLogits:
         # Detached again: at run time these can be parameters, whose .data may be replaced, or x can be returned, too.
-        z = DeferredLogits({name: t.detach() for name, t in inner.items()}, spec, (size, stride))
+        z = DeferredLogits({name: t.detach() for name, t in inner.items()}, spec, (size, stride, 0))
         z._returned = inner["x"]  # CUDA graphs mark their outputs when they free them, those that are still alive
         return _with_barrier(z, inner)
 
@@ -199,7 +199,8 @@ class DeferredLogits(Tensor):
                 inner.setdefault("x_owner", self.tensors["x"])
         like = changes.pop("like", None if x is not None else self)
         spec = dataclasses.replace(self.spec, requires_grad=False, **changes)
-        return DeferredLogits(inner, spec, None if like is None else (like.shape, like.stride()), versions, steps)
+        layout = None if like is None else (like.shape, like.stride(), like.storage_offset())
+        return DeferredLogits(inner, spec, layout, versions, steps)
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """The function from x to logits, once the parts are found to be unchanged."""
