@@ -82,6 +82,8 @@ def main(kind: str = "", argv: list[str] | None = None) -> int:
     # batches, since Dynamo keeps some of what it compiled.
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=4) as pool:
         for (kind, seed, *_), counts, failures in pool.imap_unordered(batch, jobs):
+            if not counts and time.time() > start + options.seconds:
+                break  # nor will those that are still to come do anything
             total[kind] += counts
             for what, source in failures:
                 saved += 1
