@@ -254,7 +254,8 @@ def _compare(
 
     Allowed is 1.25 times eager's error, and what two evaluations in other orders differ by: logits come to 15 and
     more, each rounding of them counts fully in a probability, and random programs take small differences of large
-    numbers. spread: of each result, see `_spread`. Ten times that, or a tenth of the whole, is no rounding any more.
+    numbers. spread: of each result, see `_spread`; where a rounding moves half of all digits and more, as a tie or a step
+    would, it excuses nothing further. Ten times that, or a tenth of the whole, is no rounding any more.
     """
     if len(ours) != len(eager):
         return f"{len(ours)} results, eager {len(eager)}", True
@@ -278,7 +279,7 @@ def _compare(
         # Of bf16's roundings, each is large; in fp64 nothing is lost by allowing for sums that cancel to zero.
         roundings, least = (4, 0.02) if unit > 1e-4 else (16, 1) if unit > 1e-10 else (16, 10)
         slack = roundings * unit * (norm + least * math.sqrt(max(mine.numel(), 1)))
-        room = 1.25 * _error(theirs, ref) + slack + (16 * spread[i] if spread else 0.0)
+        room = 1.25 * _error(theirs, ref) + slack + (min(16 * spread[i], math.sqrt(unit) * norm) if spread else 0.0)
         if not error <= room:
             detail = f"result {i}: error {error:.3g} of {norm:.3g}, allowed {room:.3g}"
             if not error <= max(2 * room, min(10 * room, 0.1 * norm)):
