@@ -213,3 +213,14 @@ def test_strides_of_detached_logits(name: str, heads: tuple[nn.Module, nn.Module
     ours, plain = (STRIDED[name](head(x).detach()) for head in heads)
     assert type(ours) is DeferredLogits
     torch.testing.assert_close(by_strides(ours) + 0, plain + 0)
+
+
+@pytest.mark.parametrize(
+    "how", [{"non_blocking": True}, {"copy": True}, {"memory_format": torch.contiguous_format}, {}]
+)
+def test_another_device_whatever_else_is_asked(how, installed):
+    head = nn.Linear(8, 37)
+    lce_inductor.defer(head)
+    z = head(torch.randn(24, 8))
+    for found in (z.to("meta", **how), z.to(torch.empty(1, device="meta"), **how), z.to("meta", torch.float64, **how)):
+        assert found.device.type == "meta"

@@ -48,19 +48,19 @@ def _cast(z: PendingLogits, dtype: torch.dtype) -> Any:
 
 
 def _to(z: PendingLogits, *args: Any, **kwargs: Any) -> Any:
+    named = (*args, kwargs.get("device"), kwargs.get("other"))
+    places = [a.device if isinstance(a, Tensor) else _device(a, z) for a in named
+              if isinstance(a, str | torch.device | int | Tensor) and not isinstance(a, bool)]  # fmt: skip
+    if any(place != z.device for place in places):
+        return _value(z).to(*args, **kwargs)
     if kwargs.pop("copy", False) or kwargs.pop("memory_format", torch.preserve_format) is not torch.preserve_format:
         return NotImplemented
     kwargs.pop("non_blocking", None)
     if len(args) + len(kwargs) == 1 and isinstance(args[0] if args else kwargs.get("other"), Tensor):
-        other = args[0] if args else kwargs["other"]
-        return _cast(z, other.dtype) if other.device == z.device else NotImplemented
-    devices = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, str | torch.device | int)]
+        return _cast(z, (args[0] if args else kwargs["other"]).dtype)
+    kwargs.pop("device", None)
     dtypes = [a for a in (*args, kwargs.pop("dtype", None)) if isinstance(a, torch.dtype)]
-    devices = [_device(d, z) for d in devices if not isinstance(d, bool)]
-    here = all(d == z.device for d in devices)
-    if not here and not kwargs:
-        return _value(z).to(devices[0], dtypes[0] if dtypes else z.dtype)
-    return _cast(z, dtypes[0] if dtypes else z.dtype) if here and not kwargs else NotImplemented
+    return NotImplemented if kwargs else _cast(z, dtypes[0] if dtypes else z.dtype)
 
 
 def _device(named: Any, z: PendingLogits) -> torch.device:
