@@ -139,20 +139,8 @@ def main(argv: Sequence[str]) -> int:
             lock = str(Path(cache) / "turn") if args.ahead else None
             for way in (way for way in ways if name in WAYS[way].models):
                 size = (args.batch or batch, args.length or length)
-                jobs.append(
-                    Job(
-                        name,
-                        way,
-                        *size,
-                        device,
-                        args.small,
-                        args.reps,
-                        args.largest_batch,
-                        lock,
-                        args.attention,
-                        args.ignored,
-                    )
-                )
+                job = Job(name, way, *size, device, args.small, args.reps, args.largest_batch, lock)
+                jobs.append(dataclasses.replace(job, attention=args.attention, ignored=args.ignored))
         found = {pool.submit(run_isolated, Row.__module__, job, Path(cache), args.timeout): job for job in jobs}
         for done in as_completed(found):
             job, mine = found[done], rows[found[done].model]
