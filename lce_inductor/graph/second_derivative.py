@@ -17,8 +17,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..ops import schema  # noqa: F401  (registers the ops)
+from .values import written_inputs
 
-aten = torch.ops.aten
 once = torch.ops.lce_inductor.once
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def inputs_of(nodes: Iterable[Any]) -> list[Node]:
 def _differentiated(graph: Graph) -> list[Node]:
     """Inputs that the graph has gradients of, but for those it writes to: the backward would see them changed."""
     holes = graph.find_nodes(op="placeholder")
+    written = written_inputs(graph)
     # A tensor subclass of unknown sizes is taken apart into tensors and those sizes.
-    inputs = [n for n in holes if isinstance(n.meta.get("val"), torch.Tensor) and not _is_written(n)]
+    inputs = [n for n in holes if isinstance(n.meta.get("val"), torch.Tensor) and n not in written]
     gradients = {_base(getattr(_base(d), "grad_of", None)) for d in graph.output_node().meta.get("desc") or ()}
     found = [n for n in inputs if n.meta.get("desc") is not None and _base(n.meta["desc"]) in gradients]
     # Without descriptions of what is what: all that could be.
@@ -52,10 +53,6 @@ def _base(description: Any) -> Any:
     while hasattr(description, "base"):
         description = description.base
     return description
-
-
-def _is_written(placeholder: Node) -> bool:
-    return any(user.target is aten.copy_.default and user.args[0] is placeholder for user in placeholder.users)
 
 
 def register_lowering() -> None:

@@ -234,6 +234,14 @@ def _repeats(target: Any) -> bool:
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
+def written_inputs(graph: Graph) -> set[Node]:
+    """Inputs that are written to: by the graph, or by AOTAutograd of what the graph returns."""
+    aten, inputs = torch.ops.aten, graph.find_nodes(op="placeholder")
+    found = {n for n in inputs if any(u.target is aten.copy_.default and u.args[0] is n for u in n.users)}
+    later = [d.mutated_input for d in graph.output_node().meta.get("desc") or () if hasattr(d, "mutated_input")]
+    return found | {n for n in inputs if n.meta.get("desc") is not None and n.meta["desc"] in later}
+
+
 def alive(graph: Graph) -> set[Node]:
     """Nodes that the output, or an effect, depends on."""
     todo = [n for n in graph.nodes if n.op == "output" or n.is_impure()]

@@ -2,7 +2,7 @@
 
 Autograd saves what its own formulas read, and forbids writes to that. It saves no bias, and no x of a frozen weight; a
 backward that computes the logits again reads them. Saved as they are they would be the new values, and what is
-recomputed would be of those:
+recomputed would be of those. What AOTAutograd copies into an input once the graph has run is such a write, too:
 
 s = linear(x, w, b)         lse, ... = row_stats(x, w, b, y)       kept = kept(b)                      saved
 b.add_(1)                   copy_(b, b + 1)                        copy_(b, b + 1)
@@ -15,20 +15,18 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..graph.values import dependents
+from ..graph.values import dependents, written_inputs
 from ..graph.write import Writer
 from .one_weight import on_tangents
 
 aten = torch.ops.aten
 ops = torch.ops.lce_inductor
+_COPIES = (aten.clone.default, ops.once.default)
 
 
 def keep_what_stood_there(graph: Graph) -> None:
     """Save what the backward's ops read of inputs that are written to, as it is before the write."""
-    writes = [
-        n for n in graph.find_nodes(op="call_function", target=aten.copy_.default) if n.args[0].op == "placeholder"
-    ]
-    changed = dependents(graph, {n.args[0] for n in writes})
+    changed = dependents(graph, written_inputs(graph))
     if not changed:
         return
     late, kept = on_tangents(graph), dict[Node, Node]()
@@ -52,10 +50,10 @@ def _kept(graph: Graph, value: Node) -> Node:
 
 
 def _shares_memory(value: Node) -> bool:
-    """With an input: is it one, or a view of one?"""
+    """With an input: is it one, a view of one, or a copy that Inductor leaves out?"""
     while isinstance(value.target, torch._ops.OpOverload):
         returned = value.target._schema.returns[0].alias_info
-        if value.target is not ops.once.default and (returned is None or returned.is_write):
+        if value.target not in _COPIES and (returned is None or returned.is_write):
             return False
         value = value.all_input_nodes[0]
     return value.op == "placeholder"
