@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import error
+from harness import Compiled, N, error, head
 from torch import Tensor
 from turns import EVERYTHING, crossed
 
+import lce_inductor
+from lce_inductor.lower.device_policy import POLICIES
+from lce_inductor.lower.plan import Request, planned, using
 from lce_inductor.ops import schema  # noqa: F401  (registers the ops)
 from lce_inductor.spec.statistics import LSE, TARGET
 
@@ -77,3 +81,43 @@ def test_the_only_chunk_is_rounded_like_eagers(wide: bool) -> None:
     p = F.linear(x, weight, bias).float().softmax(-1).bfloat16()
     exact = p.double().t() @ x.double()
     assert error(dw, exact) < (1e-4 if wide else 1.05 * error(p.t() @ x, exact))
+
+
+# -- sums in fp32
+
+
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, lambda z, y: z.sigmoid().square().mean()], ids=["kernels", "program"]
+)
+def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(loss):
+    """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
+    fn = lambda x, w, y: 3 * loss(F.linear(x, w), y)
+    args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
+    as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
+    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), as_on_a_gpu:
+        compiled = Compiled(fn)
+        compiled(*args).backward()
+    assert compiled.gradients == ["forward"]
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    fn(*exact).backward()
+    for found, want in zip(args[:2], exact[:2], strict=True):
+        assert found.grad.dtype == torch.bfloat16
+        assert (found.grad - want.grad).norm() < 1e-2 * want.grad.norm()
+    casts = [line.rpartition(", ")[0] for line in compiled.graphs[1].text.splitlines() if "convert_element" in line]
+    assert sum(cast.endswith("float32)") for cast in casts) == 1  # dX's alone
+
+
+@pytest.mark.parametrize(
+    "device, dtype, N, H, V, chunk_tokens, wide",
+    [
+        ("cuda", torch.bfloat16, 9000, 64, 50000, 0, True),
+        ("cuda", torch.bfloat16, 2000, 64, 50000, 0, False),
+        ("cuda", torch.bfloat16, 2000, 64, 50000, 500, True),
+        ("cuda", torch.float32, 9000, 64, 50000, 0, False),
+        ("cpu", torch.bfloat16, 9000, 64, 50000, 0, False),
+        ("cuda", torch.bfloat16, 16384, 4096, 128256, 0, True),
+        ("cuda", torch.bfloat16, 81920, 4096, 128256, 0, True),
+    ],
+)
+def test_where_dw_stays_in_fp32(device, dtype, N, H, V, chunk_tokens, wide):
+    assert planned(Request(N, H, V, dtype, chunk_tokens, 1 << 30), torch.device(device)).wide == wide

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -16,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from turns import crossed, one_of
 
 import lce_inductor
-from lce_inductor.lower.device_policy import POLICIES
-from lce_inductor.lower.plan import Request, planned, using
 
 Fn = Callable[..., object]
 
@@ -425,43 +422,6 @@ def test_dynamic_rows(name, installed):
         check_results(fn, args, results(compiled, fresh(args)))
     assert name == "mean of sequences" or "recompute" not in compiled.gradients
     assert compiled.counts["rewritten"] == 1
-
-
-# -- sums in fp32
-
-
-def test_a_product_takes_the_sums_of_dw_before_they_are_rounded():
-    """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
-    fn = lambda x, w, y: 3 * cross_entropy(x, w, y)
-    args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
-    as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
-    with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), as_on_a_gpu:
-        compiled = Compiled(fn)
-        compiled(*args).backward()
-    assert compiled.gradients == ["forward"]
-    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
-    fn(*exact).backward()
-    for found, want in zip(args[:2], exact[:2], strict=True):
-        assert found.grad.dtype == torch.bfloat16
-        assert (found.grad - want.grad).norm() < 1e-2 * want.grad.norm()
-    casts = [line.rpartition(", ")[0] for line in compiled.graphs[1].text.splitlines() if "convert_element" in line]
-    assert sum(cast.endswith("float32)") for cast in casts) == 1  # dX's alone
-
-
-@pytest.mark.parametrize(
-    "device, dtype, N, H, V, chunk_tokens, wide",
-    [
-        ("cuda", torch.bfloat16, 9000, 64, 50000, 0, True),
-        ("cuda", torch.bfloat16, 2000, 64, 50000, 0, False),
-        ("cuda", torch.bfloat16, 2000, 64, 50000, 500, True),
-        ("cuda", torch.float32, 9000, 64, 50000, 0, False),
-        ("cpu", torch.bfloat16, 9000, 64, 50000, 0, False),
-        ("cuda", torch.bfloat16, 16384, 4096, 128256, 0, True),
-        ("cuda", torch.bfloat16, 81920, 4096, 128256, 0, True),
-    ],
-)
-def test_where_dw_stays_in_fp32(device, dtype, N, H, V, chunk_tokens, wide):
-    assert planned(Request(N, H, V, dtype, chunk_tokens, 1 << 30), torch.device(device)).wide == wide
 
 
 # -- the graphs

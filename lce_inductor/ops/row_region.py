@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lower.plan import policy_of
 from ..lower.region import fits, run
 from ..lower.region_arguments import Arguments, check_devices
 from ..spec.program import Sym, parse
@@ -48,6 +49,13 @@ def dry_run(*args: Any) -> None:
     found = _by_hints(args)
     if found is not None:
         fits(found)
+
+
+def sums_over_chunks(*args: Any) -> bool:
+    """Would a call with arguments like these add up dW over several chunks, where what multiplies it by the tangent
+    shall take the sums? By the hints of its sizes."""
+    found = _by_hints(args)
+    return found is not None and policy_of(found.first.device.type).sums_are_scaled and found.chunks().count > 1
 
 
 def _by_hints(args: Sequence[Any]) -> Arguments | None:

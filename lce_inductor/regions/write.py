@@ -7,6 +7,7 @@ dz = ...; dx = mm(dz, w.t()); dw = mm(dz.t(), x)  loss_rows, dx1, dw1 = out[0], 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,9 @@ from torch.fx import Graph, Node
 from ..config import Config
 from ..graph import second_derivative as second
 from ..graph.write import Writer
-from ..ops.row_region import dry_run
+from ..lower import region_values
+from ..ops.row_region import dry_run, sums_over_chunks
+from ..spec.program import Program
 from .aten_ops import Crossing
 from .heads import Head, tangents_of
 from .labels import Labels
@@ -107,7 +110,6 @@ def _call(
         """What stands for a node where this op reads it. The backward's op may read what the forward's one gave."""
         return values[node] if node in values else copies(node) if forward else node
 
-    program = emitter.program().text()
     xs, weights, biases = [], [], []
     for node, _ in emitter.given["logits"]:
         x, weight, bias = Head.of(node)
@@ -124,13 +126,30 @@ def _call(
     ]
     whole = [now(what[0]) for what in emitter.given["whole"]]
     matrices = [two(writer, now(m)) for m in emitter.matrices]
-    op = writer.call(
-        torch.ops.lce_inductor.row_region.default, space.find().count, xs, weights,
-        [b for b in biases if b is not None], [b is not None for b in biases], given, whole, matrices,
-        list(emitter.sizes), program, config.chunk_tokens or 0, config.workspace_bytes,
-    )  # fmt: skip
+    program = emitter.program()
+
+    def args(program: Program) -> tuple[Any, ...]:
+        return (
+            space.find().count, xs, weights, [b for b in biases if b is not None], [b is not None for b in biases],
+            given, whole, matrices, list(emitter.sizes), program.text(), config.chunk_tokens or 0,
+            config.workspace_bytes,
+        )  # fmt: skip
+
+    if copies.tangent is not None and sums_over_chunks(*torch.fx.map_arg(args(program), lambda n: n.meta["val"])):
+        program = _with_sums(program, [node in labels.on_tangent for node, _ in part.nodes])
+    op = writer.call(torch.ops.lce_inductor.row_region.default, *args(program))
     dry_run(*torch.fx.map_arg(op.args, lambda n: n.meta["val"]))
     return op
+
+
+def _with_sums(program: Program, scaled: list[bool]) -> Program:
+    """dW as the sums over chunks that it is, in fp32, where it is multiplied by the tangent: a pass over dW less, and a
+    rounding less."""
+    results = list(program.results)
+    for i, mine in enumerate(scaled):
+        if mine and results[i].kind == "dw":
+            results[i] = results[i]._replace(dtype=region_values.wide(results[i].dtype))
+    return dataclasses.replace(program, results=tuple(results))
 
 
 def two(writer: Writer, node: Node) -> Node:
