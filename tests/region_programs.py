@@ -148,8 +148,8 @@ def cross_entropy(
     return Case(call, loss, g_[:, 0], expect)
 
 
-def divergence(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") -> Case:
-    """sum p2 (log p2 - log p1), both heads trained, of hidden sizes H and H + 1."""
+def divergence(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu", trained: int = 2) -> Case:
+    """sum p2 (log p2 - log p1) of heads of hidden sizes H and H + 1, the first or both trained."""
     b, c = Builder("logits", "logits", "rows", "rows", "rows"), compute(dtype)
     z1, z2, g, *_ = b.inputs()
     l1, l2 = _log_softmax(b, _wide(b, z1, dtype)), _log_softmax(b, _wide(b, z2, dtype))
@@ -161,7 +161,7 @@ def divergence(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") 
     dz2 = b.add("aten.mul.Tensor", b.add("aten.mul.Tensor", p2, inner), g)
     dz2, dz1 = _narrow(b, dz2, dtype), _narrow(b, dz1, dtype)
     b.result("row", value, c, ())
-    for k, (dz, h) in enumerate(((dz1, H), (dz2, H + 1))):
+    for k, (dz, h) in enumerate(((dz1, H), (dz2, H + 1))[:trained]):
         b.result("dx", dz, dtype, (h,), k)
         b.result("dw", dz, dtype, (V, h), k + 1)
     xs = [random(dtype, device, N, h, seed=h) for h in (H, H + 1)]
@@ -173,10 +173,15 @@ def divergence(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") 
         return (l2.exp() * (l2 - l1)).sum(1)
 
     def expect(values: Tensor, dx: Any, dw: Any, db: Any) -> list[Tensor]:
-        return [values, dx[0], dw[0].t(), dx[1], dw[1].t()]
+        return [values, dx[0], dw[0].t(), dx[1], dw[1].t()][: 1 + 2 * trained]
 
     call = (N, xs, [w.t() for w in ws], [], [False] * 2, [g_, *xs], [], ws, [], b.program().text())
     return Case(call, loss, g_[:, 0], expect)
+
+
+def distillation(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """The same with a teacher that is not trained."""
+    return divergence(N, H, V, dtype, device, trained=1)
 
 
 def soft_targets(N: int, H: int, V: int, dtype: torch.dtype, device: str = "cpu") -> Case:
@@ -264,4 +269,4 @@ def log_probability(N: int, H: int, V: int, dtype: torch.dtype, device: str = "c
     return Case((N, [x], [w.t()], [], [False], [y_, g_, x], [], [w], [], b.program().text()), loss, g_, expect)
 
 
-CASES = {f.__name__: f for f in (cross_entropy, divergence, soft_targets, squares, log_probability)}
+CASES = {f.__name__: f for f in (cross_entropy, divergence, distillation, soft_targets, squares, log_probability)}

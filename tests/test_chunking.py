@@ -1,13 +1,18 @@
 """Chunk plans: sizes in, rows out."""
 
+import dataclasses
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from region_programs import distillation
 
 from lce_inductor.config import Config
 from lce_inductor.lower.chunk_plan import anchored_peak_bytes, peak_bytes, saves_little
 from lce_inductor.lower.device_policy import POLICIES
-from lce_inductor.lower.plan import chunks, policy_of
+from lce_inductor.lower.plan import chunks, policy_of, using
+from lce_inductor.lower.region import cut_of
 
 GIB = 1 << 30
 
@@ -147,3 +152,12 @@ def test_no_rows():
 
 def test_unknown_device_is_planned_as_a_cpu():
     assert policy_of("meta") is policy_of("cpu")
+
+
+def test_a_teacher_leaves_the_student_more_of_the_budget() -> None:
+    """Unless there is no room for its block."""
+    short = dataclasses.replace(POLICIES["cpu"].chunks, least_rows=3)
+    with using("cpu", dataclasses.replace(POLICIES["cpu"], chunks=short)):
+        for rows, cut in ((13, (10, 3)), (8, (5, 3)), (4, (2, 2))):
+            found = cut_of(distillation(23, 6, 311, torch.float64).arguments(workspace_bytes=rows * 311 * 8))
+            assert (found.chunks.rows, found.block) == cut

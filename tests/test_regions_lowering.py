@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from region_programs import CASES, Builder, Case, close, cross_entropy, divergence
+from region_programs import CASES, Builder, Case, close, cross_entropy, distillation, divergence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,9 +26,11 @@ from lce_inductor.lower import region as lowering
 from lce_inductor.lower import region_blocks as blocks
 from lce_inductor.lower import region_compiled as compiled
 from lce_inductor.lower import region_cpu, region_cuda
+from lce_inductor.lower.chunk_plan import ChunkPlan
 from lce_inductor.lower.device_policy import POLICIES
 from lce_inductor.lower.plan import using
-from lce_inductor.lower.region import run
+from lce_inductor.lower.region import cut_of, run
+from lce_inductor.lower.region_arguments import Cut
 from lce_inductor.spec.program import Sym, parse
 
 N, H, V = 23, 6, 311
@@ -98,8 +101,24 @@ def test_every_step_reuses_memory(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_budget_is_kept() -> None:
     case = divergence(N, H, V, torch.float32)
-    assert case.arguments(workspace_bytes=5 * 2 * V * 4).chunks().rows == 5
+    assert cut_of(case.arguments(workspace_bytes=5 * 2 * V * 4)).chunks.rows == 5
     close(case.run(workspace_bytes=5 * 2 * V * 4), case.reference(), 2e-6)
+
+
+@pytest.mark.parametrize("code", [False, True], ids=["step by step", "compiled"])
+def test_of_a_teacher_only_a_block_of_logits_exists(monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
+    """The student's logits become the factor of dX and dW, so all of a chunk's do."""
+    short = dataclasses.replace(POLICIES["cpu"].chunks, least_rows=3)
+    rows, made = [], lowering._logits
+    monkeypatch.setattr(lowering, "_logits", lambda a, n: rows.append(n) or made(a, n))
+    monkeypatch.setattr(compiled, "DEVICES", {"cpu"} if code else set())
+    case = distillation(N, H, V, torch.float64)
+    with using("cpu", dataclasses.replace(POLICIES["cpu"], chunks=short)):
+        found = case.run(10)
+        assert cut_of(case.arguments(10)) == Cut(ChunkPlan(10, 3, V), 3)
+        both = cut_of(divergence(N, H, V, torch.float64).arguments(10))
+    assert rows[1] == [10, 3] and both.block == both.chunks.rows == 10
+    close(found, case.reference(), 1e-12)
 
 
 def test_a_bias_and_symbolic_sizes() -> None:

@@ -6,7 +6,7 @@ Chunks weigh memory against time (numbers of an H100):
   2048 rows a chunk for 4096 cost 6% at H = 896, 4% at 2048, 2% at 4096. So aim for `target_rows`.
 * A chunk takes 2 V bytes a row in bf16 where dW takes 4 V H. Up to `small_hidden` the chunk may be the larger part, up
   to `rows_per_hidden` * H rows, but no more than `most_bytes`; beyond, where dW is what counts, it is at most seven
-  eighths of dW: 1.75 H rows. Never fewer than `least_rows` for these reasons.
+  eighths of dW: `rows_per_large_hidden` * H rows. Never fewer than `least_rows` for these reasons.
 * A backward that computes the logits again may cut the classes instead of the rows (head_classes.py). Of as many bytes,
   a block has more classes than a chunk has rows where N < V, and costs less: the sums are dX's, not dW's. Blocks of
   1 GiB by library products took 38.5 ms for the anchored softmax's 39.2 at 16384 x 2048 x 131072, and 13.7 for its 12.4
@@ -20,6 +20,7 @@ Chunks weigh memory against time (numbers of an H100):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 # What computes a head.
@@ -46,11 +47,16 @@ class Chunks:
     most_bytes: int
     tile: int
     align: int
+    rows_per_large_hidden: float = 1.75
 
     def rows(self, H: int, row_bytes: int) -> int:
         """Rows of a chunk where neither N nor the budget limits them."""
         small = self.small_hidden > H
-        for_hidden = min(int(self.rows_per_hidden * H), self.most_bytes // row_bytes) if small else 7 * H // 4
+        for_hidden = (
+            min(int(self.rows_per_hidden * H), self.most_bytes // row_bytes)
+            if small
+            else int(self.rows_per_large_hidden * H)
+        )
         return max(min(self.target_rows, max(for_hidden, self.least_rows)), self.least_bytes // row_bytes)
 
 
@@ -133,6 +139,12 @@ class Policy:
     anchored: Anchored = Anchored()
     products: Products = Products()
     sums_are_scaled: bool = False
+
+    @functools.cached_property
+    def programs(self) -> Chunks:
+        """Chunks of what a program computes, which has more launches: as large as dW. Products of two heads, and those
+        for the gradients of one, take 27.2 ms in chunks of 4096 rows and 28.2 of 2816 (8192 x 2048 x 131072, H200)."""
+        return dataclasses.replace(self.chunks, rows_per_large_hidden=2.0)
 
 
 POLICIES = {

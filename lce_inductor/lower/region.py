@@ -1,5 +1,7 @@
 """A row region in chunks: logits into memory that the chunks share, the program over them, then dX and dW.
 
+Logits that make no room for a factor of dX or dW, a teacher's, are there for one block of a chunk at a time.
+
 What devices do in their own way, the products and the program over a chunk, is in region_cpu and region_cuda. No
 synchronisation with the host and no allocation that depends on values.
 """
@@ -19,7 +21,7 @@ from ..spec.sizes import round_up
 from . import region_cpu, region_cuda
 from .plan import policy_of
 from .products import as_factor
-from .region_arguments import Arguments, check
+from .region_arguments import Arguments, Cut, check
 from .region_compiled import Key
 from .region_steps import Chunk
 from .region_values import Meta, meta, places, propagate, used, wide
@@ -39,7 +41,7 @@ def fits(a: Arguments) -> None:
     if not a.N:
         return
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = _metas(a, _inputs(a, _logits(a, 2), slice(0, 2)))
+        inputs = _metas(a, _inputs(a, _logits(a, [2] * len(a.xs)), slice(0, 2)))
     values = propagate(a.text, 2, inputs, a.sizes, a.first.device)
     for k, result in enumerate(a.program.results):
         found = list(values[result.value.index].shape)
@@ -59,22 +61,46 @@ def device_of(a: Arguments) -> ModuleType:
     return region_cuda if a.first.is_cuda else region_cpu
 
 
+def cut_of(a: Arguments) -> Cut:
+    """The pieces that a call with these arguments takes, fake ones with sizes that are numbers as well."""
+    return a.cut(_held(a))
+
+
+def _held(a: Arguments) -> list[bool]:
+    """Of which heads' logits is the memory needed until dX and dW? Where that is a question at all."""
+    if len(a.xs) < 2 or not any(r.kind in ("dx", "dw") for r in a.program.results) or not a.N:
+        return [True] * len(a.xs)
+    inputs = _metas(a, _inputs(a, _logits(a, [2] * len(a.xs)), slice(0, 2)))
+    taken = places(a.text, inputs, a.sizes, a.first.device).values()
+    return [i in taken for i, kind in enumerate(a.program.inputs) if kind == "logits"]
+
+
 def _run(a: Arguments, device: ModuleType) -> _Outputs:
-    chunks, outputs = a.chunks(), _Outputs(a)
+    held, outputs = _held(a), _Outputs(a)
+    cut = a.cut(held)
+    chunks = cut.chunks
     if chunks.count:
         # Products take these as they are; a copy, if one is needed, is made once.
         xs, weights, matrices = ([as_factor(t) for t in ts] for ts in (a.xs, a.weights, a.matrices))
-        logits, memory = _logits(a, chunks.rows), None
+        logits, memory = _logits(a, [chunks.rows if kept else cut.block for kept in held]), None
+
+        def products(rows: slice, now: bool) -> None:
+            for z, x, w, b, kept in zip(logits, xs, weights, a.biases, held):
+                if kept == now:
+                    device.logits(z[: rows.stop - rows.start], x[rows], w, b)
+
         with device.guard(a.first):
             for start, n in chunks.bounds(a.N):
-                rows = slice(start, start + n)
-                for z, x, w, b in zip(logits, xs, weights, a.biases):
-                    device.logits(z[:n], x[rows], w, b)
+                chunk = slice(start, start + n)
+                products(chunk, True)
                 # Until the first product is launched a GPU waits: what the program needs comes after it.
-                memory = memory or _Memory(a, chunks.rows, logits)
-                for first, count, values in device.program(memory.chunk(a, rows), n):
-                    outputs.take(slice(start + first, start + first + count), values)
-                outputs.add(device, memory, rows, matrices, several=chunks.count > 1)
+                memory = memory or _Memory(a, chunks.rows, logits, held)
+                for first, count in cut.blocks(n):
+                    block = slice(start + first, start + first + count)
+                    products(block, False)
+                    for at, some, values in device.program(memory.block(a, block, first), count):
+                        outputs.take(slice(block.start + at, block.start + at + some), values)
+                outputs.add(device, memory, chunk, matrices, several=chunks.count > 1)
     return outputs
 
 
@@ -84,22 +110,22 @@ def _new(a: Arguments, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return a.first.new_empty((rows, apart), dtype=dtype)[:, :columns]
 
 
-def _logits(a: Arguments, rows: int) -> list[Tensor]:
-    """Memory for a chunk's logits of each head."""
-    return [_new(a, rows, w.shape[1], x.dtype) for x, w in zip(a.xs, a.weights)]
+def _logits(a: Arguments, rows: Sequence[int]) -> list[Tensor]:
+    """Memory for so many rows of logits of each head."""
+    return [_new(a, n, w.shape[1], x.dtype) for n, x, w in zip(rows, a.xs, a.weights)]
 
 
 class _Memory:
     """What all chunks share: the logits of each head, and the factors of dX and dW that none of those are for.
 
     Attributes:
-        logits: [rows, V] each.
+        logits: [rows, V] of each head that is held, else those of a block.
         factors: by value, of rows as well; most are one of the logits.
         key: of the program over them.
     """
 
-    def __init__(self, a: Arguments, rows: int, logits: list[Tensor]) -> None:
-        self.logits = logits
+    def __init__(self, a: Arguments, rows: int, logits: list[Tensor], held: list[bool]) -> None:
+        self.logits, self.held = logits, held
         metas = _metas(a, _inputs(a, self.logits, slice(0, rows)))
         what = (a.text, metas, a.sizes, a.first.device)
         fakes = propagate(a.text, 2, *what[1:])
@@ -110,10 +136,11 @@ class _Memory:
         self.key = Key(a.text, metas, homes, a.sizes, a.first.device)
         self._blocks: dict[int, list[Tensor]] = {}
 
-    def chunk(self, a: Arguments, rows: slice) -> Chunk:
-        inputs = _inputs(a, self.logits, rows)
-        homes = {i: h[: rows.stop - rows.start] for i, h in self._homes.items()}
-        return Chunk(self.key, inputs, homes, self._blocks)
+    def block(self, a: Arguments, rows: slice, first: int) -> Chunk:
+        """Some rows of a chunk, from its row `first` on."""
+        here = slice(first, first + rows.stop - rows.start)
+        logits = [z[here] if kept else z[: rows.stop - rows.start] for z, kept in zip(self.logits, self.held)]
+        return Chunk(self.key, _inputs(a, logits, rows), {i: h[here] for i, h in self._homes.items()}, self._blocks)
 
 
 def _inputs(a: Arguments, logits: Sequence[Tensor], rows: slice) -> list[Tensor]:
@@ -121,9 +148,7 @@ def _inputs(a: Arguments, logits: Sequence[Tensor], rows: slice) -> list[Tensor]
     found, given = [], {"logits": iter(logits), "rows": iter(a.rows), "whole": iter(a.whole)}
     for i, kind in enumerate(a.program.inputs):
         t = next(given[kind])
-        if kind == "logits":
-            t = t[: rows.stop - rows.start]
-        elif kind == "rows":
+        if kind == "rows":
             t = _side_by_side(t[rows]) if i in used(a.text) else t[rows]
         found.append(t)
     return found

@@ -16,6 +16,21 @@ from .plan import chunks, policy_of
 _NAMES = ("xs", "weights", "biases", "rows", "whole", "matrices")
 
 
+class Cut(NamedTuple):
+    """Pieces of the rows.
+
+    chunks: rows whose logits exist at a time, of heads whose logits make room for a factor of dX or dW. block: those of
+    a chunk whose logits exist at a time, of other heads, such as a teacher's.
+    """
+
+    chunks: ChunkPlan
+    block: int
+
+    def blocks(self, n: int) -> list[tuple[int, int]]:
+        """First row and number of rows of each block of a chunk of n rows."""
+        return [(first, min(self.block, n - first)) for first in range(0, n, self.block)]
+
+
 class Arguments(NamedTuple):
     """N tokens, H hidden, V vocabulary; each head has a V of its own, and x and its weight agree in an H.
 
@@ -24,7 +39,7 @@ class Arguments(NamedTuple):
         rows: [N, ...]. whole: any shape, the same for all rows. matrices: [V, H], the other factors of each dX.
         sizes: what the program's Sym stand for.
         chunk_tokens: rows of logits that may exist at a time; 0 lets the chunk plan decide.
-        workspace_bytes: upper limit in bytes for one chunk of all logits together.
+        workspace_bytes: upper limit in bytes for the logits of all heads together that exist at a time.
     """
 
     N: int
@@ -44,15 +59,26 @@ class Arguments(NamedTuple):
     def first(self) -> Tensor:
         return (*self.xs, *self.rows, *self.whole)[0]
 
-    def chunks(self) -> ChunkPlan:
-        """Chunks in which all heads together keep to the budget; or, without one, the widest factor of dX and dW."""
+    def cut(self, held: Sequence[bool]) -> Cut:
+        """Pieces that keep to the budget. held: which heads' logits make room for a factor of dX or dW.
+
+        Without heads it is the widest factor that counts.
+        """
         factors = [self.matrices[r.other].shape[0] for r in self.program.results if r.kind == "dx"]
         factors += [self.size(r.sizes)[0] for r in self.program.results if r.kind == "dw"]
         V = sum(w.shape[1] for w in self.weights) or max(factors, default=1)
         H = max((x.shape[1] for x in self.xs), default=1)
         itemsize = max((x.element_size() for x in self.xs), default=1)
-        policy = policy_of(self.first.device.type).chunks
-        return chunks(self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, policy)
+        policy = policy_of(self.first.device.type).programs
+        sizes = self.N, H, V, itemsize, self.chunk_tokens, self.workspace_bytes, policy
+        plan = chunks(*sizes)
+        passing = sum(w.shape[1] for w, kept in zip(self.weights, held) if not kept)
+        block = min(policy.least_rows, plan.rows)
+        rest = self.workspace_bytes - block * passing * itemsize
+        if not passing or passing == V or rest < 1:
+            return Cut(plan, plan.rows)
+        longer = chunks(self.N, H, V - passing, itemsize, self.chunk_tokens, rest, policy)
+        return Cut(longer, block) if longer.rows >= plan.rows else Cut(plan, plan.rows)
 
     def size(self, sizes: Sequence[int | Sym]) -> list[int]:
         """A result's sizes as numbers."""

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lower.plan import policy_of
-from ..lower.region import fits, run
-from ..lower.region_arguments import Arguments, check_devices
+from ..lower.region import cut_of, fits, run
+from ..lower.region_arguments import Arguments, Cut, check_devices
 from ..spec.program import Sym, parse
 
 _lib = torch.library.Library("lce_inductor", "FRAGMENT")
@@ -51,11 +50,11 @@ def dry_run(*args: Any) -> None:
         fits(found)
 
 
-def sums_over_chunks(*args: Any) -> bool:
-    """Would a call with arguments like these add up dW over several chunks, where what multiplies it by the tangent
-    shall take the sums? By the hints of its sizes."""
+def cut_by_hints(*args: Any) -> Cut | None:
+    """The pieces that a call with arguments like these would take, by the hints of its sizes; None if one is not
+    known."""
     found = _by_hints(args)
-    return found is not None and policy_of(found.first.device.type).sums_are_scaled and found.chunks().count > 1
+    return None if found is None else cut_of(found)
 
 
 def _by_hints(args: Sequence[Any]) -> Arguments | None:

@@ -29,7 +29,8 @@ from ..lower.plan import (
     training,
     why_not_on,
 )
-from ..ops import row_region as _ops  # noqa: F401  (registers the op)
+from ..lower.region_arguments import Cut
+from ..ops.row_region import cut_by_hints
 from ..reasons import NOWHERE, Refusal, refuse
 from ..schedule import Scheduled
 from ..schedule.request import request_of
@@ -76,8 +77,8 @@ class Head:
     one of them only a guess? losses: the lines of what reads the logits as a loss does. backward: products of the
     logits' gradient. returned: are they returned as logits are, so that a loss outside could read them? tier: "kernels"
     or "region"; steps: of its program (0: the kernels have none); products: of a training step. ops: what computes it
-    now. request, plan: of the kernels' call, of that for the gradients where there are two. for_memory: where that is
-    no empty word, see Alternative.
+    now. request, plan: of the kernels' call, of that for the gradients where there are two. cut: of its program's, of
+    that of the forward where there are two. for_memory: where that is no empty word, see Alternative.
     """
 
     node: Node
@@ -101,6 +102,7 @@ class Head:
     ops: list[Node] = dataclasses.field(default_factory=list)
     request: Request | None = None
     plan: Plan | None = None
+    cut: Cut | None = None
     for_memory: Alternative | None = None
 
     @staticmethod
@@ -126,6 +128,8 @@ class Head:
         """How the op will cut the rows, by hint."""
         if self.plan is not None:
             return self.plan.chunks
+        if self.cut is not None:
+            return self.cut.chunks
         policy = policy_of(self.device).chunks
         return chunks(*self.sizes, config.chunk_tokens or 0, config.workspace_bytes, policy)
 
@@ -399,6 +403,9 @@ def scheduled(decision: Decision, found: dict[Node, Scheduled]) -> None:
             if head.gradients == "recompute" and any(op.target is ops.row_stats_backward.default for op in head.ops):
                 asked = asked.backward()
             head.plan = planned(asked, torch.device(head.device))
+        region = next((op for op in head.ops if op.target is ops.row_region.default), None)
+        if region is not None:
+            head.cut = cut_by_hints(*torch.fx.map_arg(region.args, lambda n: n.meta["val"]))
     for node, head in rewritten.items():
         together = _together(node, rewritten)
         head.products = products_of(dict.fromkeys(op for other in together for op in rewritten[other].ops))

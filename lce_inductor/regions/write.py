@@ -17,9 +17,11 @@ from torch.fx import Graph, Node
 
 from ..config import Config
 from ..graph import second_derivative as second
+from ..graph.values import device_type
 from ..graph.write import Writer
 from ..lower import region_values
-from ..ops.row_region import dry_run, sums_over_chunks
+from ..lower.plan import policy_of
+from ..ops.row_region import cut_by_hints, dry_run
 from ..spec.program import Program
 from .aten_ops import Crossing
 from .heads import Head, tangents_of
@@ -135,8 +137,10 @@ def _call(
             config.workspace_bytes,
         )  # fmt: skip
 
-    if copies.tangent is not None and sums_over_chunks(*torch.fx.map_arg(args(program), lambda n: n.meta["val"])):
-        program = _with_sums(program, [node in labels.on_tangent for node, _ in part.nodes])
+    if copies.tangent is not None and policy_of(device_type(copies.tangent)).sums_are_scaled:
+        cut = cut_by_hints(*torch.fx.map_arg(args(program), lambda n: n.meta["val"]))
+        if cut is not None and cut.chunks.count > 1:
+            program = _with_sums(program, [node in labels.on_tangent for node, _ in part.nodes])
     op = writer.call(torch.ops.lce_inductor.row_region.default, *args(program))
     dry_run(*torch.fx.map_arg(op.args, lambda n: n.meta["val"]))
     return op
