@@ -62,8 +62,9 @@ def device_of(a: Arguments) -> ModuleType:
 
 
 def cut_of(a: Arguments) -> Cut:
-    """The pieces that a call with these arguments takes, fake ones with sizes that are numbers as well."""
-    return a.cut(_held(a))
+    """The pieces that a call with arguments like these takes, fake ones with sizes that are numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return a.cut(_held(a))
 
 
 def _held(a: Arguments) -> list[bool]:
