@@ -230,6 +230,9 @@ class RowsKernel:
         x = _rows(a.x, a.N, a.stride_x, a.H).as_strided((a.N, a.H), (a.stride_x, 1)).float().abs()
         counts |= ~(x <= 2.0**40).all(1)
         _at(a.counts, a.N, ctypes.c_int, torch.int32).copy_(counts)
+        for address in (a.lse, a.target_logit, a.sum_logits):
+            if address:
+                _f32(address, a.N)[~counts] = 0
 
     def _pack(self, a: Any) -> None:
         rows = _at(a.counts, a.N, ctypes.c_int, torch.int32).nonzero()[:, 0]

@@ -251,8 +251,9 @@ class Launches:
         )
 
     def pack(self, h: Call) -> None:
-        """Find the rows that count, and their order."""
+        """Find the rows that count, and their order; the statistics of the others are zeros."""
         self._take_gradients(h)
+        self._rows.lse = None if h.known else _address(h.lse)
         self._rows.needed = _address(h.needed)
         self._kernels.count.launch(ceil_div(h.N, 8), 256, (self._rows,), self._stream)
         self._kernels.pack.launch(1, 1024, (self._rows,), self._stream)

@@ -121,6 +121,7 @@ __device__ __forceinline__ int rows_here(const Arguments& a) {
 }
 
 // A warp for each row of x: does it count? It does, too, if its logits might be infinite: zero times that is not zero.
+// lse: null where it is known, and not a result.
 constexpr u32 LARGE = (127 + 40) << 7;  // the bits of 2^40 in bf16
 
 extern "C" __global__ void __launch_bounds__(256) lce_count(const __grid_constant__ Arguments a) {
@@ -136,7 +137,14 @@ extern "C" __global__ void __launch_bounds__(256) lce_count(const __grid_constan
         for (int i = 0; i < 4; ++i) counts |= (q[i] & 0x7fff) > LARGE || (q[i] >> 16 & 0x7fff) > LARGE;
     }
     counts = __any_sync(0xffffffff, counts);
-    if (lane == 0) a.counts[row] = counts;
+    if (lane == 0) {
+        a.counts[row] = counts;
+        if (!counts) {  // its statistics are zeros
+            if (a.lse) a.lse[row] = 0.0f;
+            if (a.target_logit) a.target_logit[row] = 0.0f;
+            if (a.sum_logits) a.sum_logits[row] = 0.0f;
+        }
+    }
 }
 
 // One block: each of its warps takes as many rows, and puts those that count behind those of the warps before it.

@@ -120,8 +120,8 @@ class Head(Call):
         self.packs = p.packs and ours
         self.needed = needed if needed is None else needed.contiguous()
         columns = 0 if a.target is None else a.target.shape[1]
-        self.target_logit = self.of_rows(self.N, columns) if stats & TARGET else None
-        self.sum_logits = self.of_rows(self.N) if stats & SUM else None
+        self.target_logit = self.f32(self.N, columns) if stats & TARGET else None
+        self.sum_logits = self.f32(self.N) if stats & SUM else None
         self.tiles = self.engine.tiles(self)
         self.grads = RowGrads()
         self.class_sum = self.shift = self.d = None
@@ -137,6 +137,8 @@ class Head(Call):
         store: there will be room for a chunk's exponentials.
         """
         self.store = store
+        if self.lse is None:
+            self.lse = self.f32(self.N)
         if self.N:
             if self.sum_logits is not None:
                 c = torch.ones_like(self.weight[:, 0]) if self.class_weight is None else self.class_weight
@@ -149,8 +151,6 @@ class Head(Call):
             self.launches.anchors(self)
         if self.packs:
             self.x_packed = self.x.new_empty(self.rows, round_up(self.H, 16))[:, : self.H]
-        if self.lse is None:
-            self.lse = self.of_rows(self.N)
 
     def first_product(self, e: Tensor | None) -> None:
         """That of the first chunk. e: where each chunk's exponentials go; None where only sums are wanted."""
@@ -158,10 +158,6 @@ class Head(Call):
         if self.N:
             self.launches.prepare_products(self)
             self.launches.exponentials(self, 0, min(self.rows, self.N), redo=False)
-
-    def of_rows(self, *shape: int) -> Tensor:
-        """Memory in fp32 for what is written of the rows that count; zeros elsewhere."""
-        return self.f32(*shape).zero_() if self.packs else self.f32(*shape)
 
     def prepare_gradients(self, mask: Mask) -> None:
         g, x, rows = self.grads, self.x, self.rows
