@@ -66,6 +66,15 @@ def test_ours_is_measured(reduction):
     assert row.added_bytes >= 4 * (48 * 8 + 100 * 8 + 48 * 100)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_trl_s_chunked_loss_is_measured(reduction):
+    """It computes on a CPU what it does on a GPU, without its kernels."""
+    pytest.importorskip("trl")
+    row = measure.measure(Job("trl-chunked", SHAPE, "float32", "cpu", reduction=reduction, reps=1))
+    assert row.status == OK, row.detail
+    assert max(row.err_loss, row.err_dx, row.err_dw) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_forward_only_compares_the_loss_alone(dtype):
     row = measure.measure(Job("eager", SHAPE, dtype, "cpu", forward_only=True, peaked=True, reps=1, with_floor=False))
