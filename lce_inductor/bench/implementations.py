@@ -183,15 +183,15 @@ def cce_exact(reduction: str) -> Loss:
 
 @implementation("trl-chunked", package=("trl", "trl"), devices=("cuda",))
 def trl_chunked(reduction: str) -> Loss:
-    """What SFTTrainer computes its loss by (trl 1.16: loss_type "nll"), without the metrics that it asks for as well."""
+    """What SFTTrainer computes its loss by (trl 1.16: loss_type "nll"), without the metrics it asks for as well."""
     from trl.kernels import ChunkedLogProbFunction
 
     def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         # As trl.trainer.utils.add_fused_lm_head: on a GPU only the rows that count are multiplied.
         counts = target != -100
         arguments = (x[counts], weight, None, target[counts], 1.0, 32768, None, 1.0, ("log_probs",))
-        logprobs = ChunkedLogProbFunction.apply(*arguments)[0]
-        rows = -logprobs.new_zeros(counts.shape).masked_scatter(counts, logprobs)
+        logprobs: Tensor = ChunkedLogProbFunction.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        rows: Tensor = -logprobs.new_zeros(counts.shape).masked_scatter(counts, logprobs)
         if reduction == "none":
             return rows
         return rows.sum() / counts.sum().clamp(min=1) if reduction == "mean" else rows.sum()
