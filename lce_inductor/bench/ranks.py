@@ -155,8 +155,7 @@ def _line(way: Way, dtype: str, device: torch.device) -> list[str]:
     return [way.name, f"{statistics.median(times):.2f}", f"{added:.2f}", *errors, way.note]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure what the arguments ask for; 1 if a result was wrong, 2 for bad arguments."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrun --nproc-per-node 2 -m lce_inductor.bench.ranks",
         description=__doc__,
@@ -168,6 +167,12 @@ def main(argv: Sequence[str]) -> int:
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--reps", type=converter(positive_integer), default=9, metavar="INT", help="steps timed (default: 9)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what the arguments ask for; 1 if a result was wrong, 2 for bad arguments."""
+    parser = _parser()
     args = parser.parse_args(argv)
     impls = list(dict.fromkeys(args.impl.split(",")))
     if unknown := [impl for impl in impls if impl not in SETTINGS]:
