@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from lce_inductor.bench import __main__ as cli
-from lce_inductor.bench import measure, plots, table
+from lce_inductor.bench import measure, plots, processes, table
 from lce_inductor.bench.implementations import IMPLEMENTATIONS, Implementation, Loss
-from lce_inductor.bench.measure import FAILED, OK, OUT_OF_MEMORY, WRONG, Job, Row
+from lce_inductor.bench.measure import Job, Row
+from lce_inductor.bench.processes import FAILED, OK, OUT_OF_MEMORY, WRONG
 from lce_inductor.bench.reference import make_inputs, reference
 from lce_inductor.bench.shapes import Shape, parse_shape, parse_sweep
 
@@ -64,6 +66,15 @@ def test_ours_is_measured(reduction):
     assert row.ms > 0 and row.floor_ms > 0
     # dX, dW and one copy of the logits at the least, since this is a single chunk.
     assert row.added_bytes >= 4 * (48 * 8 + 100 * 8 + 48 * 100)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_trl_s_chunked_loss_is_measured(reduction):
+    """It computes on a CPU what it does on a GPU, without its kernels."""
+    pytest.importorskip("trl")
+    row = measure.measure(Job("trl-chunked", SHAPE, "float32", "cpu", reduction=reduction, reps=1))
+    assert row.status == OK, row.detail
+    assert max(row.err_loss, row.err_dx, row.err_dw) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -141,6 +152,63 @@ def test_process_that_ends_early_is_a_row(monkeypatch, tmp_path, end, status, de
 def test_slow_process_is_a_row(tmp_path):
     row = measure.measure_isolated(JOB, tmp_path, timeout_s=0.05)
     assert (row.status, row.detail) == (FAILED, "no result after 0.05 s")
+
+
+STEPS = r"""
+import json, sys, time
+from pathlib import Path
+from lce_inductor.bench import processes
+
+def work(job, result):
+    name = job["impl"]
+    print("chatter")
+    if name == "dead":
+        sys.exit("died")
+    if name == "slow":
+        time.sleep(60)
+
+    def step():
+        with Path(job["dtype"]).open("a") as log:
+            begun = time.monotonic()
+            time.sleep(0.01)
+            log.write(f"{name} {begun} {time.monotonic()}\n")
+        return 1.0
+
+    found = processes.repeated(step, 99, lambda: None)
+    result.write_text(json.dumps({"status": "ok", "ms": sum(found)}))
+
+processes.main(sys.argv[1:], work)
+"""
+
+
+def test_steps_in_turns(monkeypatch, tmp_path):
+    """All processes are there, and one at a time takes a step; one that ends early, or is late, is a row."""
+    (tmp_path / "steps.py").write_text(STEPS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)]))
+    log, begun = tmp_path / "log", []
+    jobs = [Job(name, SHAPE, str(log), "cpu") for name in ("a", "dead", "b", "slow", "c")]
+    rows = processes.run_in_turns("steps", jobs, tmp_path, 6, 15, begun.append)
+    assert begun == jobs
+    assert [row["status"] for row in rows] == [OK, FAILED, OK, FAILED, OK]
+    assert rows[1]["detail"] == "exit code 1: died" and rows[3]["detail"] == "no result after 15 s"
+    assert [row["ms"] for row in rows[::2]] == [6.0, 6.0, 6.0]
+    steps = [line.split() for line in log.read_text().splitlines()]
+    assert len(steps) == 6 * 3 * 2  # a step before each timed one
+    assert all(float(a[2]) <= float(b[1]) for a, b in itertools.pairwise(steps))
+    rounds = ["".join(name for name, _, _ in steps[i : i + 6]) for i in range(0, 36, 6)]
+    assert {"".join(sorted(r)) for r in rounds} == {"aabbcc"} and len(set(rounds)) > 1
+
+
+def test_whole_run_in_turns(tmp_path):
+    command = [sys.executable, "-m", "lce_inductor.bench", "--shape", "48x8x100", "--reps", "3", "--in-turns"]
+    command += ["--impl", "floor,eager", "--device", "cpu", "--csv", str(tmp_path / "rows.csv")]
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["impl"], row["status"]) for row in rows] == [("floor", OK), ("eager", OK)]
+    assert all(float(row["ms"]) > 0 and float(row["floor_ms"]) > 0 for row in rows)
 
 
 def test_whole_run(tmp_path):

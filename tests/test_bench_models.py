@@ -15,9 +15,11 @@ import pytest
 import torch
 from corpus.harness import no_codegen_backend
 
+import lce_inductor
 from lce_inductor.bench import model_steps, models, plots, table
-from lce_inductor.bench.measure import FAILED, OK, OUT_OF_MEMORY, WRONG
-from lce_inductor.bench.model_steps import MODELS, WAYS, Job, Row, Turn, Way, largest_batch, measure
+from lce_inductor.bench.model_steps import CHUNKED, MODELS, WAYS, Job, Row, Turn, Way, largest_batch, measure
+from lce_inductor.bench.processes import FAILED, OK, OUT_OF_MEMORY, WRONG
+from lce_inductor.deferred_heads.logits import PendingLogits
 
 pytest.importorskip("transformers")
 JOB = Job("gpt2", "eager", 4, 32, "cpu", small=True, reps=2)
@@ -39,8 +41,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_measured_and_rewritten(name: str, interpreted: None, tmp_path: Path) -> None:
     """Each way has the turn once it takes steps, and the gradients are those of eager."""
+    pytest.importorskip(MODELS[name].package)
     found: list[Row] = []
-    for way in ("eager", "torch.compile", "lce_inductor") if name == "gpt2" else ("eager", "lce_inductor"):
+    ways = {"gpt2": ("eager", "torch.compile", "lce_inductor"), "torchtitan-1b": ("eager", "lce_inductor", CHUNKED)}
+    for way in ways.get(name, ("eager", "lce_inductor")):
         lock = str(tmp_path / way)
         measure(dataclasses.replace(JOB, model=name, implementation=way, lock=lock), found.append)
         assert found[-1].status == OK, found[-1].detail
@@ -67,6 +71,26 @@ def test_the_model_is_the_named_one() -> None:
         assert model.config._attn_implementation == "sdpa"
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         assert model.get_parameter(MODELS[name].layer).ndim == 2
+
+
+def test_torchtitan_s_model_is_the_named_one() -> None:
+    """Sizes as published, its own attention on a GPU, and a head that lce_inductor alone defers."""
+    pytest.importorskip("torchtitan")
+    job = dataclasses.replace(JOB, model="torchtitan-1b", small=False)
+    model = model_steps.build(job, torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) == 1_235_814_400
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.training
+    assert model.lm_head.weight is model.tok_embeddings.weight
+    assert job.kind_of_attention == "causal"
+    assert dataclasses.replace(job, device="cuda:0").kind_of_attention == "flex"
+    assert dataclasses.replace(job, device="cuda:0", attention="causal").kind_of_attention == "causal"
+    assert dataclasses.replace(JOB, device="cuda:0").kind_of_attention == "sdpa"
+    small, tokens = dataclasses.replace(JOB, model="torchtitan-1b"), torch.zeros(1, 8, dtype=torch.long)
+    with lce_inductor.installed(min_logits_bytes=0):
+        for way, kind in (("eager", torch.Tensor), ("lce_inductor", PendingLogits)):
+            trained = model_steps.training(dataclasses.replace(small, implementation=way), torch.device("cpu"))
+            trained.model.layers.clear()
+            assert type(trained.model(*trained.batch(tokens, tokens)[:2])) is kind
 
 
 def test_attention_without_a_mask_and_labels_left_out() -> None:

@@ -67,3 +67,19 @@ def test_ddp_optimizer_split_the_graph(ranks):
     """Several graphs, and head and loss were in one of them."""
     for found in (rank["ddp split by DDPOptimizer"] for rank in ranks):
         assert found["graphs"] > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bench_of_a_head_split_by_classes(device, tmp_path):
+    """Alone and split, without the package and with it; uneven parts of the classes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lce_inductor.bench.ranks"]
+    command += ["--device", device, "--dtype", "float32", "--shape", "96x16x1001", "--reps", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lce_inductor.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    ways = ["alone, torch.compile", "alone, lce_inductor", "split, torch.compile", "split, lce_inductor"]
+    lines = [line.rsplit(maxsplit=5) for line in done.stdout.splitlines() if line.startswith(("alone", "split"))]
+    assert [line[0].strip() for line in lines] == ways  # none is left alone, and none is wrong
+    for _, ms, _, *errors in lines:
+        assert float(ms) > 0 and max(map(float, errors)) < 1e-5

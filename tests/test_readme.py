@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lce_inductor
 from lce_inductor.bench.__main__ import _parser
 from lce_inductor.bench.models import _parser as models_parser
+from lce_inductor.bench.ranks import _parser as ranks_parser
 from lce_inductor.config import Config
 from lce_inductor.lower.chunk_plan import peak_bytes
 from lce_inductor.lower.device_policy import POLICIES
@@ -98,7 +99,7 @@ def test_python_blocks() -> None:
 
 def test_every_command_is_known() -> None:
     kinds = ("pip install .", "python3 -m venv", "python -m lce_inductor.bench", 'TORCH_LOGS="+lce_inductor" python')
-    kinds += ("python tests/frameworks.py",)
+    kinds += ("python tests/frameworks.py", "torchrun --nproc-per-node 2 -m lce_inductor.bench.ranks")
     assert COMMANDS and all(c.startswith(kinds) for c in COMMANDS), COMMANDS
 
 
@@ -116,8 +117,10 @@ def test_files_and_extras_of_the_commands_exist() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lce_inductor.bench" in c])
 def test_benchmark_takes_these_flags(command: str) -> None:
     """test_bench.py and test_bench_models.py run them; this is about what the pages say."""
-    module, *flags = shlex.split(command)[2:]
-    parser = {"lce_inductor.bench": _parser, "lce_inductor.bench.models": models_parser}[module]()
+    words = shlex.split(command)
+    module, *flags = words[words.index("-m") + 1 :]
+    parsers = {"lce_inductor.bench": _parser, "lce_inductor.bench.models": models_parser}
+    parser = {**parsers, "lce_inductor.bench.ranks": ranks_parser}[module]()
     assert parser.parse_args(flags) is not None
     benchmarks = "\n".join([README, *(page for name, page in DOCS.items() if name != "frameworks.md")])
     for flag in set(re.findall(r"`(--[a-z-]+)", benchmarks)):

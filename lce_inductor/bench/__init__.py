@@ -21,7 +21,8 @@ target's is 10 to 20 above the others, in place of standard normal ones.
 
 A row gets a time only after its loss and gradients were found right; one whose error is above the limit of its dtype
 is shown as WRONG with its error. Each row is measured in a process of its own with an empty compile cache, so running
-out of memory, or a crash, is a row and not the end.
+out of memory, or a crash, is a row and not the end. With --in-turns the processes of one shape are there together and
+take one step after another, in an order drawn anew for each of --reps rounds; before each timed step, one is not timed.
 
 `floor` is the three matrix products that no implementation can avoid (one with --forward-only), in chunks of rows and
 with V rounded up to a multiple of 64, and nothing else.

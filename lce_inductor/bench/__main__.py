@@ -17,7 +17,8 @@ from . import __doc__ as documentation
 from . import plots, table
 from .arguments import converter, device_name, kind, positive_integer, present
 from .implementations import IMPLEMENTATIONS, available
-from .measure import FAILED, FLOOR, WRONG, Job, Row, measure_isolated
+from .measure import FLOOR, Job, Row, measure_in_turns, measure_isolated
+from .processes import FAILED, WRONG
 from .reference import DTYPES
 from .shapes import HEADS, Shape, Sweep, parse_shape, parse_sweep
 
@@ -58,13 +59,19 @@ def main(argv: Sequence[str]) -> int:
     with _progress(len(shapes) * len(impls)) as advance, tempfile.TemporaryDirectory(prefix="lce_bench_") as cache:
         for shape in shapes:
             found = []
-            for impl in impls:
-                job = Job(**{**vars(first), "impl": impl, "shape": shape})
-                advance(f"{shape} {impl}")
+            jobs = [Job(**{**vars(first), "impl": impl, "shape": shape}) for impl in impls]
+            if args.in_turns:
+                found = measure_in_turns(
+                    jobs, Path(cache), args.timeout, lambda job: advance(f"{job.shape} {job.impl}")
+                )
+            for job in [] if args.in_turns else jobs:
+                advance(f"{shape} {job.impl}")
                 found.append(measure_isolated(job, Path(cache), args.timeout))
                 if args.csv is not None:
                     table.write_csv(args.csv, rows + found)  # a run that is stopped leaves its rows
             rows += found
+            if args.csv is not None:
+                table.write_csv(args.csv, rows)
             table.show(found)
     for dimension, part in groups:
         if args.plot is not None:
@@ -170,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--reduction", choices=("mean", "sum", "none"), default="mean", help="(default: mean)")
     how.add_argument("--forward-only", action="store_true", help="the loss under no_grad")
     how.add_argument("--peaked", action="store_true", help="logits as of a trained model")
+    how.add_argument("--in-turns", action="store_true", help="the steps of all implementations in turns, shuffled")
     how.add_argument("--reps", type=converter(positive_integer), metavar="INT", help="steps timed (cpu 5, cuda 9)")
     how.add_argument("--timeout", type=float, metavar="S", help="give up on a row after so many seconds")
     out = parser.add_argument_group("output")

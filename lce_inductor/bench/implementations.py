@@ -181,6 +181,24 @@ def cce_exact(reduction: str) -> Loss:
     return _cut(reduction, "cce_exact")
 
 
+@implementation("trl-chunked", package=("trl", "trl"), devices=("cuda",))
+def trl_chunked(reduction: str) -> Loss:
+    """What SFTTrainer computes its loss by (trl 1.16: loss_type "nll"), without the metrics it asks for as well."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # As trl.trainer.utils.add_fused_lm_head: on a GPU only the rows that count are multiplied.
+        counts = target != -100
+        arguments = (x[counts], weight, None, target[counts], 1.0, 32768, None, 1.0, ("log_probs",))
+        logprobs: Tensor = ChunkedLogProbFunction.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        rows: Tensor = -logprobs.new_zeros(counts.shape).masked_scatter(counts, logprobs)
+        if reduction == "none":
+            return rows
+        return rows.sum() / counts.sum().clamp(min=1) if reduction == "mean" else rows.sum()
+
+    return loss
+
+
 @implementation("quack", package=("quack", "quack-kernels"), devices=("cuda",), reductions=("mean", "sum"))
 def quack(reduction: str) -> Loss:
     # quack (seen in 0.6.5) hashes what its epilogues refer to and has no rule for loggers.

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from . import processes
 from .implementations import IMPLEMENTATIONS, NotApplied
+from .processes import FAILED, OK, OUT_OF_MEMORY, WRONG, repeated, run_in_turns, run_isolated, write_result
 from .reference import DTYPES, ERROR_LIMITS, bare_products, make_inputs, reference, relative_error
 from .shapes import Shape
 
 FLOOR = "floor"
 
-OK, OUT_OF_MEMORY, WRONG, FAILED = "ok", "out of memory", "WRONG", "failed"
 _ERRORS = ("err_loss", "err_dx", "err_dw")
 
 
@@ -45,8 +43,7 @@ class Job:
     with_floor: bool = True
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
-        fields = json.loads(text)
+    def of(cls, fields: dict[str, Any]) -> Job:
         return cls(**{**fields, "shape": Shape(**fields["shape"])})
 
 
@@ -102,39 +99,12 @@ def measure_isolated(job: Job, cache_dir: Path, timeout_s: float | None = None) 
     return Row(job, **run_isolated(__name__, job, cache_dir, timeout_s))
 
 
-def run_isolated(module: str, job: Any, cache_dir: Path, timeout_s: float | None = None) -> dict[str, Any]:
-    """Give a job, a dataclass, to `python -m module JOB RESULT` and return what it writes to the file RESULT.
-
-    Without a result, a status and a detail that say how the process ended.
-    """
-    with tempfile.TemporaryDirectory(prefix="lce_bench_") as folder:
-        result, log = Path(folder) / "row.json", Path(folder) / "log.txt"
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache_dir), "KINETO_LOG_LEVEL": "99"}
-        command = [sys.executable, "-m", module, json.dumps(dataclasses.asdict(job)), str(result)]
-        late = {"status": FAILED, "detail": f"no result after {timeout_s:g} s"} if timeout_s is not None else {}
-        with log.open("w") as output:
-            try:
-                code = subprocess.run(
-                    command, env=environment, stdout=output, stderr=output, timeout=timeout_s
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return json.loads(result.read_text()) if result.exists() else late
-        if result.exists():
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
-        if code == -signal.SIGKILL:
-            return {"status": OUT_OF_MEMORY, "detail": "killed, as the system does when memory runs out"}
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return {"status": FAILED, "detail": f"exit code {code}: {' '.join(last)}"}
-
-
-def write_result(path: Path, row: Any) -> None:
-    """What run_isolated reads: a row without its job. Renamed at the end, since the reader may come at any time."""
-    fields = dataclasses.asdict(row)
-    del fields["job"]
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(fields))
-    unfinished.replace(path)
+def measure_in_turns(
+    jobs: Sequence[Job], cache_dir: Path, timeout_s: float | None, starting: Callable[[Job], object]
+) -> list[Row]:
+    """The same for jobs of one shape, their steps in turns."""
+    found = run_in_turns(__name__, jobs, cache_dir, jobs[0].reps, timeout_s, starting)
+    return [Row(job, **fields) for job, fields in zip(jobs, found)]
 
 
 def _row(job: Job) -> Row:
@@ -175,14 +145,13 @@ def _row(job: Job) -> Row:
 
     known["added_bytes"] = peak_added(step, inputs.clear, device)
     floor = bare_products(job.shape, dtype, device, job.forward_only) if job.with_floor else None
-    times: list[float] = []
-    floor_times: list[float] = []
-    for _ in range(job.reps):
+
+    def both() -> tuple[float, float | None]:
         inputs.clear()
-        times.append(timed_ms(step, device))
-        if floor is not None:
-            floor_times.append(timed_ms(floor, device))
-    floor_ms = statistics.median(floor_times) if floor_times else None
+        return timed_ms(step, device), None if floor is None else timed_ms(floor, device)
+
+    times, floor_times = zip(*repeated(both, job.reps, inputs.clear))
+    floor_ms = None if floor is None else statistics.median(floor_times)
     return Row(job, OK, ms=statistics.median(times), floor_ms=floor_ms, **known)
 
 
@@ -190,7 +159,7 @@ def _floor_row(job: Job) -> Row:
     device = current_device(job.device)
     step = bare_products(job.shape, DTYPES[job.dtype], device, job.forward_only)
     step()
-    ms = statistics.median(timed_ms(step, device) for _ in range(job.reps))
+    ms = statistics.median(repeated(lambda: timed_ms(step, device), job.reps, lambda: None))
     return Row(job, OK, ms=ms, floor_ms=ms)
 
 
@@ -251,9 +220,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _worker(job: str, result: str) -> None:
-    write_result(Path(result), measure(Job.from_json(job)))
-
-
 if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+    processes.main(sys.argv[1:], lambda job, result: write_result(result, measure(Job.of(job))))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from . import processes, torchtitan_steps
 from .arguments import kind
 from .implementations import IMPLEMENTATIONS, NotApplied
-from .measure import OK, OUT_OF_MEMORY, current_device, failure, finish, peak_added, timed_ms, write_result
+from .measure import current_device, failure, finish, peak_added, timed_ms
+from .processes import OK, OUT_OF_MEMORY, repeated, write_result
 
 SAMPLES = 8192  # elements of a gradient that rows are compared by
 IGNORED = -100
@@ -26,7 +27,10 @@ WARMUP_STEPS = 2  # after the first, which compiles
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A transformers model type, its configuration, sequences x tokens of a step, and a weight of its first layer."""
+    """A transformers model type, its configuration, sequences x tokens of a step, and a weight of its first layer.
+
+    package: another one than transformers, whose own model and loss it is. attention: what it has of its own.
+    """
 
     kind: str
     sizes: dict[str, Any]
@@ -34,6 +38,13 @@ class Model:
     length: int
     layer: str
     small: dict[str, Any]
+    package: str = "transformers"
+    attention: str = "sdpa"
+
+    @property
+    def missing(self) -> str:
+        """The package, if it is not installed."""
+        return "" if importlib.util.find_spec(self.package) else self.package
 
 
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -50,9 +61,15 @@ MODELS = {
     ),
     "llama-1b": Model("llama", _LLAMA, 4, 4096, "model.layers.0.mlp.up_proj.weight", _TINY | {"head_dim": 16}),
     "qwen2-0.5b": Model("qwen2", _QWEN, 8, 2048, "model.layers.0.mlp.up_proj.weight", _TINY),
+    "torchtitan-1b": Model(
+        "llama3", {"flavor": "1B"}, 4, 4096, "layers.0.feed_forward.w1.weight", {"flavor": "debugmodel", "layers": 2},
+        "torchtitan", "flex",
+    ),
 }  # fmt: skip
+_OF_TRANSFORMERS = tuple(name for name, model in MODELS.items() if model.package == "transformers")
 SMALL_BATCH, SMALL_LENGTH = 4, 32
 # sdpa: transformers' own; traced by torch.compile it is given an explicit causal mask. causal: the same without a mask.
+# torchtitan's own is flex attention, wherever the first is asked for.
 ATTENTION = ("sdpa", "causal")
 
 
@@ -72,6 +89,14 @@ class Job:
     lock: str | None = None
     attention: str = "sdpa"
     ignored: float = 0.0
+
+    @property
+    def kind_of_attention(self) -> str:
+        """The model's own, if it was not asked for another, and has a backward on this device."""
+        if self.attention != "sdpa":
+            return self.attention
+        own = MODELS[self.model].attention
+        return "causal" if own == "flex" and self.device == "cpu" else own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +170,7 @@ def _liger(**settings: bool) -> Callable[[Job], None]:
     return patch
 
 
+CHUNKED = "torchtitan-chunked"  # the loss that torchtitan trains its Llama by: head and loss, a chunk at a time
 _LIGER: dict[str, Any] = {"like": "liger", "compiled": False, "models": ("llama-1b", "qwen2-0.5b")}
 WAYS = {
     "eager": Way("eager", compiled=False),
@@ -152,7 +178,8 @@ WAYS = {
     "lce_inductor": Way("lce_inductor", _install),
     "liger": Way(prepare=_liger(), **_LIGER),
     "liger-head": Way(prepare=_liger(rope=False, rms_norm=False, swiglu=False), **_LIGER),  # its loss alone
-    "auto_chunker": Way("auto_chunker", _chunk),
+    "auto_chunker": Way("auto_chunker", _chunk, models=_OF_TRANSFORMERS),
+    CHUNKED: Way("torch.compile", models=("torchtitan-1b",)),
 }
 
 
@@ -183,12 +210,44 @@ def register_causal_attention() -> None:
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
 
 
-def build(job: Job, device: torch.device) -> Any:
-    """The same weights for every implementation."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A model, and how it is trained: `loss(*batch(tokens, labels))`, tokens and labels [B, T]."""
 
+    model: Any
+    head: Tensor
+    batch: Callable[[Tensor, Tensor], tuple[Any, ...]]
+    loss: Callable[..., Tensor]
+
+
+def training(job: Job, device: torch.device) -> Training:
+    """The same weights for every implementation."""
+    compiled, model = WAYS[job.implementation].compiled, build(job, device)
+    if MODELS[job.model].package == "torchtitan":
+        if job.implementation == "lce_inductor":
+            from lce_inductor import defer
+
+            defer(model.lm_head)
+        masks = job.kind_of_attention != "causal"
+        batch, loss = torchtitan_steps.prepare(model, compiled, job.implementation == CHUNKED, masks)
+        return Training(model, model.lm_head.weight, batch, loss)
+    run = torch.compile(model, dynamic=False) if compiled else model
+
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = run(input_ids=tokens, labels=labels).loss
+        return found
+
+    return Training(model, model.get_output_embeddings().weight, lambda *given: given, loss_of)
+
+
+def build(job: Job, device: torch.device) -> Any:
+    """The model alone."""
     spec = MODELS[job.model]
     sizes = spec.small if job.small else spec.sizes
+    if spec.package == "torchtitan":
+        return torchtitan_steps.build(sizes, device, job.kind_of_attention == "causal")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(spec.kind, use_cache=False, tie_word_embeddings=True, **sizes)
     if job.attention == "causal":
         register_causal_attention()
@@ -210,18 +269,18 @@ def measure(job: Job, save: Callable[[Row], None]) -> None:
 def _measure(job: Job, save: Callable[[Row], None]) -> None:
     device, way = current_device(job.device), WAYS[job.implementation]
     way.prepare(job)
-    model = build(job, device)
-    run = torch.compile(model, dynamic=False) if way.compiled else model
-    head, layer = model.get_output_embeddings().weight, model.get_parameter(MODELS[job.model].layer)
+    trained = training(job, device)
+    model, head = trained.model, trained.head
+    layer = model.get_parameter(MODELS[job.model].layer)
     random = torch.Generator(device).manual_seed(1)
 
     def step_of(batch: int) -> Callable[[], Tensor]:
         tokens = torch.randint(len(head), (batch, job.length), device=device, generator=random)
         left_out = torch.rand(tokens.shape, device=device, generator=random) < job.ignored
-        labels = tokens.masked_fill(left_out, IGNORED)
+        given = trained.batch(tokens, tokens.masked_fill(left_out, IGNORED))
 
         def step() -> Tensor:
-            loss: Tensor = run(input_ids=tokens, labels=labels).loss
+            loss = trained.loss(*given)
             loss.backward()
             return loss.detach()
 
@@ -256,10 +315,12 @@ def _measure(job: Job, save: Callable[[Row], None]) -> None:
         clear()
         step()
     added = peak_added(step, clear, device)
-    times = []
-    for _ in range(job.reps):
+
+    def timed() -> float:
         clear()
-        times.append(timed_ms(step, device))
+        return timed_ms(step, device)
+
+    times = repeated(timed, job.reps, clear)
     clear()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     row = Row(job, OK, "", statistics.median(times), added, weights, loss, norms, samples, first_s)
@@ -323,4 +384,4 @@ def largest_batch(
 
 
 if __name__ == "__main__":
-    measure(Job(**json.loads(sys.argv[1])), lambda row: write_result(Path(sys.argv[2]), row))
+    processes.main(sys.argv[1:], lambda job, result: measure(Job(**job), lambda row: write_result(result, row)))

@@ -8,7 +8,9 @@
 The models are transformers' own with random bf16 weights, sdpa attention and no dropout, called with labels; they
 return logits, and only the loss is read. A step is forward + backward; gradients are dropped between steps.
 --attention causal is sdpa without the explicit mask that transformers builds where it is traced; --ignored 0.75 leaves
-three quarters of the labels out.
+three quarters of the labels out. torchtitan-1b is torchtitan's own Llama instead, with its compilation of blocks and of
+the loss, its loss of whole logits or (torchtitan-chunked) the one in chunks that it trains by, and its flex attention
+(on a CPU torch's); with lce_inductor, its head is under defer().
 
 | column | meaning |
 |---|---|
@@ -21,17 +23,21 @@ three quarters of the labels out.
 
 A row whose loss or gradients differ too much gets no time. Each row is measured in a process of its own, so running
 out of memory, a crash or --timeout is a row and not the end, and --csv is written anew after each. The rows share a
-compile cache. With --ahead N, the next N rows build and compile while one is measured; none runs a step meanwhile.
+compile cache. With --ahead N, the next N rows build and compile while one is measured; none runs a step meanwhile. With
+--in-turns all rows of a model are there together and take one step after another, in an order drawn anew each round;
+before each timed step, one is not timed. No other process may hold much of the GPU's memory then.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -40,8 +46,8 @@ import torch
 
 from . import plots, table
 from .arguments import converter, device_name, kind, positive_integer, present, share
-from .measure import FAILED, OK, WRONG, run_isolated
 from .model_steps import ATTENTION, MODELS, SMALL_BATCH, SMALL_LENGTH, WAYS, Job, Row
+from .processes import FAILED, OK, WRONG, run_in_turns, run_isolated
 
 GIB = 1 << 30
 # Rounding in bf16 parts single elements of a gradient, far less its norm; what is wrong parts both.
@@ -114,18 +120,22 @@ def main(argv: Sequence[str]) -> int:
     for way in ways:
         if obstacle := WAYS[way].obstacle(device):
             parser.error(f"--implementations {way}: {obstacle}")
-    if args.largest_batch and (kind(device) != "cuda" or args.ahead):
-        parser.error("--largest-batch needs a GPU for itself: a CUDA device, and no --ahead")
+    names = [name for name in names if args.models or not MODELS[name].missing]
+    for name in names:
+        if package := MODELS[name].missing:
+            parser.error(f"--models {name}: pip install {package}")
+    if args.largest_batch and (kind(device) != "cuda" or args.ahead or args.in_turns):
+        parser.error("--largest-batch needs a GPU for itself: a CUDA device, no --ahead and no --in-turns")
+    if args.ahead and args.in_turns:
+        parser.error("--in-turns starts the rows one after another: without --ahead")
     for path in (args.csv, args.plot):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.resolve().parent}")
     if args.plot is not None and not plots.can_plot():
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        parser.error("the models need transformers: pip install transformers")
-    machine = f"{table.header(device, [WAYS[way].like for way in ways])}, transformers {transformers.__version__}"
+    packages = {MODELS[name].package for name in names}
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in sorted(packages)]
+    machine = ", ".join([table.header(device, [WAYS[way].like for way in ways]), *versions])
     print(machine, flush=True)
 
     rows: dict[str, dict[str, Row]] = {name: {} for name in names}  # by model and implementation
@@ -141,10 +151,15 @@ def main(argv: Sequence[str]) -> int:
                 size = (args.batch or batch, args.length or length)
                 job = Job(name, way, *size, device, args.small, args.reps, args.largest_batch, lock)
                 jobs.append(dataclasses.replace(job, attention=args.attention, ignored=args.ignored))
-        found = {pool.submit(run_isolated, Row.__module__, job, Path(cache), args.timeout): job for job in jobs}
-        for done in as_completed(found):
-            job, mine = found[done], rows[found[done].model]
-            mine[job.implementation] = row = Row(job, **done.result())
+        results: Iterator[tuple[Job, dict[str, Any]]]
+        if args.in_turns:
+            results = _in_turns(jobs, Path(cache), args.timeout)
+        else:
+            found = {pool.submit(run_isolated, Row.__module__, job, Path(cache), args.timeout): job for job in jobs}
+            results = ((found[done], done.result()) for done in as_completed(found))
+        for job, result in results:
+            mine = rows[job.model]
+            mine[job.implementation] = row = Row(job, **result)
             shown = "  ".join(filter(None, cells(row)))
             print(f"{time.monotonic() - start:.0f} s  {job.model}  {shown}", file=sys.stderr, flush=True)
             if args.csv is not None:
@@ -155,7 +170,8 @@ def main(argv: Sequence[str]) -> int:
         weights = next((f", weights {row.weight_bytes / GIB:.2f} GiB" for row in part if row.weight_bytes), "")
         job = part[0].job
         title = f"{name}{' (small)' * args.small}, {job.batch} x {job.length} tokens, bfloat16{weights}"
-        title += f", {job.attention} attention" + (f", {job.ignored:.0%} of the labels ignored" if job.ignored else "")
+        title += f", {job.kind_of_attention} attention"
+        title += f", {job.ignored:.0%} of the labels ignored" if job.ignored else ""
         table.print_columns(title, [HEADINGS, *map(cells, part)])
     if args.plot is not None:
         bars = {
@@ -168,6 +184,13 @@ def main(argv: Sequence[str]) -> int:
         plots.draw_bars(args.plot, bars, f"Training step of whole models, bfloat16\n{machine}")
         print(f"picture: {args.plot}")
     return 1 if any(row.status in (WRONG, FAILED) for part in tables.values() for row in part) else 0
+
+
+def _in_turns(jobs: Sequence[Job], cache: Path, timeout_s: float) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """What each job came to, those of one model timed in turns."""
+    for _, group in itertools.groupby(jobs, key=lambda job: job.model):
+        part = list(group)
+        yield from zip(part, run_in_turns(Row.__module__, part, cache, part[0].reps, timeout_s))
 
 
 def _chosen(parser: argparse.ArgumentParser, flag: str, text: str | None, known: dict[str, Any]) -> list[str]:
@@ -196,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reps", type=whole, default=8, metavar="INT", help="steps timed (default: 8)")
     add("--largest-batch", action="store_true", help="look for it as well (CUDA; some compilations more for each row)")
     add("--ahead", type=int, choices=range(8), default=0, metavar="N", help="rows that compile beforehand (default: 0)")
+    add("--in-turns", action="store_true", help="the steps of all rows of a model in turns, shuffled")
     add("--timeout", type=float, default=300.0, metavar="S", help="give up on a row after so many seconds (300)")
     add("--csv", type=Path, metavar="FILE", help="also write every figure, anew after each row")
     add("--plot", type=Path, metavar="FILE.png", help="also draw bars")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import FLOOR, OK, OUT_OF_MEMORY, Row
+from .measure import FLOOR, Row
+from .processes import OK, OUT_OF_MEMORY
 
 _NAMES = {"N": "tokens N", "H": "hidden size H", "V": "vocabulary V"}
 # Distinct for readers who do not see all colours: lce_inductor and the floor look the same in every picture.
