@@ -90,6 +90,7 @@ STEPS: dict[str, Step] = {
     "mixed with a read": lambda z, y, c: c(ce)(z, y) + z.square().mean(),
     "read": lambda z, y, c: z.log_softmax(-1)[..., 3].mean(),
     "custom function": lambda z, y, c: Double.apply(z).square().mean(),
+    "mixed with a custom function": lambda z, y, c: Double.apply(z).square().mean() + c(ce)(z, y) - c(entropy)(z, y),
     "checkpointed loss": lambda z, y, c: checkpoint(c(ce), z, y, use_reentrant=False),
     "clone": lambda z, y, c: ce(z.clone().mul_(0.5), y),
 }
@@ -281,12 +282,13 @@ def test_gradients_accumulate_and_hooks_run(installed):
         seen[0].sum()
 
 
-def test_a_hook_that_scales(installed):
+@pytest.mark.parametrize("hook", [lambda g: g * 3, lambda g: torch.ones(*g.shape).to(g) + g, lambda g: g.add_(g * 2)])
+def test_a_hook_that_scales_or_adds(hook, installed):
     model, plain = pair()
     ids, y = batch()
     for m in (model, plain):
         z = m(ids)
-        z.register_hook(lambda g: g * 3)
+        z.register_hook(hook)
         ce(z, y).backward()
     torch.testing.assert_close(model.head.weight.grad, plain.head.weight.grad)
 

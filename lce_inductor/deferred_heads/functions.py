@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -231,6 +232,18 @@ def _contiguous(z: PendingLogits, memory_format: Any = torch.contiguous_format) 
     return z if memory_format is torch.contiguous_format else NotImplemented
 
 
+def _clone(z: PendingLogits, **kwargs: Any) -> Any:
+    """A copy is how a user makes the logits real. But where DDP looks for unused parameters, or has a static graph, it
+    clones every output of every step, inside a Function of its own that hooks the backward: that copy stays pending."""
+    frame = sys._getframe() if z.requires_grad and not torch.is_grad_enabled() and not kwargs else None
+    while frame is not None and frame.f_code is not _SINK:
+        frame = frame.f_back
+    return NotImplemented if frame is None else z.alias()
+
+
+_SINK = getattr(getattr(getattr(nn.parallel.distributed, "_DDPSink", None), "forward", None), "__code__", object())
+
+
 def _detach(z: PendingLogits) -> Any:
     """Without a gradient these are the deferred logits that a compiled model returns: metrics are answered by rows."""
     z.check()
@@ -270,6 +283,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_named("contiguous"), _contiguous),
     **dict.fromkeys([*_named("detach"), T.data.__get__], _detach),  # type: ignore[attr-defined]
     **dict.fromkeys(_named("argmax"), _argmax),
+    **dict.fromkeys(_named("clone"), _clone),
     T.float: lambda z: _cast(z, torch.float32),
     T.double: lambda z: _cast(z, torch.float64),
     T.half: lambda z: _cast(z, torch.float16),

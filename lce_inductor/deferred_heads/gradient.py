@@ -14,7 +14,8 @@ class LogitsGradient(Tensor):
     """Gradients of x, weight and bias (those that are wanted) that stand for one of logits of this shape and dtype.
 
     Autograd adds two of them, copies them and hands them on. They have no values of the logits' size: hooks that look
-    for some raise an error.
+    for some raise an error. Where another reader of the same logits saw values (a custom autograd function), its
+    gradient, which is of their size, is added under a name of its own, `logits`.
     """
 
     tensors: dict[str, Tensor]
@@ -46,8 +47,13 @@ class LogitsGradient(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first, *rest = args
-        if func in (aten.add.Tensor, aten.add_.Tensor) and all(isinstance(g, LogitsGradient) for g in args):
-            return _added(first, *rest)
+        if func in (aten.add.Tensor, aten.add_.Tensor) and not kwargs and _same_kind(*args):
+            added = _added(first, *rest)
+            if func is aten.add.Tensor:
+                return added
+            if isinstance(first, LogitsGradient):  # what an operation in place returns is not looked at
+                first.tensors = added.tensors
+                return first
         if func in _EACH and isinstance(first, LogitsGradient) and not any(isinstance(a, Tensor) for a in rest):
             inner = {n: func(t, *rest, **kwargs) for n, t in first.tensors.items()}
             return LogitsGradient(inner, first.shape, first.dtype)
@@ -70,12 +76,19 @@ _EACH = {
 }  # fmt: skip
 
 
-def _added(a: LogitsGradient, b: LogitsGradient) -> LogitsGradient:
-    inner = {
-        n: a.tensors[n] + b.tensors[n] if n in a.tensors and n in b.tensors else t
-        for n, t in (b.tensors | a.tensors).items()
-    }
+def _same_kind(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _added(a: Tensor, b: Tensor) -> LogitsGradient:
+    left, right = named(a), named(b)
+    inner = {n: left[n] + right[n] if n in left and n in right else t for n, t in (right | left).items()}
     return LogitsGradient(inner, a.shape, a.dtype)
+
+
+def named(gradient: Tensor) -> dict[str, Tensor]:
+    """What a gradient that came back to logits consists of."""
+    return gradient.tensors if isinstance(gradient, LogitsGradient) else {"logits": gradient}
 
 
 class _Once(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from ..deferred_logits.optimizer_steps import Steps
 from ..deferred_logits.seals import traced
-from .gradient import LogitsGradient, once
+from .gradient import LogitsGradient, named, once
 from .steps import Spec, Step, compute
 
 START = "these logits are those of a head under lce_inductor.defer(), and not computed"
@@ -213,12 +213,13 @@ class _Make(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return (None,) * 7
-        if isinstance(gradient, LogitsGradient):
-            found = [gradient.tensors.get(n) for n in PARTS]
-        else:  # of logits that somebody read below autograd's eyes: a custom autograd function
+        inner = named(gradient)
+        found = [inner.get(n) for n in PARTS]
+        if "logits" in inner:  # of logits that somebody read below autograd's eyes: a custom autograd function
             if ctx.writes != ctx.memory.writes:
                 raise RuntimeError(f"{START}, and were scaled in place before they were read: {COPY}")
-            found = _of_real(ctx.saved_tensors, ctx.spec, gradient)
+            more = _of_real(ctx.saved_tensors, ctx.spec, inner["logits"])
+            found = [a if b is None else b if a is None else a + b for a, b in zip(found, more, strict=True)]
         return (*once(found, ctx.saved_tensors), None, None, None, None)
 
 

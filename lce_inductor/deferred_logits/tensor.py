@@ -87,7 +87,7 @@ class _NoGradient(torch.autograd.Function):
         if grad is not None and bool(grad.any()):
             raise RuntimeError(
                 f"{_START}, and a gradient that reached them would be lost. Compute this part of the loss inside the "
-                f"compiled function, {_REMEDY}"
+                f"compiled function, put the head under lce_inductor.defer(head), whose logits have one, {_REMEDY}"
             )
         return (None,) * len(ctx.needs_input_grad)
 
