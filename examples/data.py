@@ -135,17 +135,20 @@ def name_ids(corpus: Corpus, most: int) -> tuple[Tensor, int]:
 class Batches:
     """Random windows of the tokens; the same seed gives the same batches.
 
+    masked: about this share of each window, its beginning, is given and not to be predicted, as prompts are.
+
     Raises:
         ValueError: the text is shorter than one window.
     """
 
-    def __init__(self, path: Path, batch: int, block: int, seed: int) -> None:
+    def __init__(self, path: Path, batch: int, block: int, seed: int, masked: float = 0.0) -> None:
         content = torch.load(path, weights_only=True)
         self.tokens: Tensor = content["tokens"]
         self.end_of_file: int = content["end_of_file"]
         self.vocab_size: int = content["vocab_size"]
         self.batch = batch
         self.block = block
+        self.masked = masked
         self.random = torch.Generator().manual_seed(seed)
         if self.tokens.numel() <= block + 1:
             raise ValueError(f"block = {block}: the text has only {self.tokens.numel()} tokens")
@@ -157,4 +160,7 @@ class Batches:
         idx, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
         # What follows the end of a file is the beginning of an unrelated one.
         targets[idx == self.end_of_file] = -1
+        if self.masked:
+            prompt = self.masked + 0.2 * (2 * torch.rand(self.batch, 1, generator=self.random) - 1)
+            targets[torch.arange(self.block) < (prompt * self.block).clamp(max=self.block - 1)] = -1
         return idx.to(device), targets.to(device)

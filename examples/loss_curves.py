@@ -1,6 +1,7 @@
 """Loss curves: a small GPT trained without and with lce_inductor, and without from another seed's weights.
 
     python examples/loss_curves.py      five minutes on two CPU cores; a minute on a CUDA device
+    python examples/loss_curves.py --masked 0.75        with most targets masked, as in fine-tuning
     python examples/loss_curves.py --help
 
 All three runs see the same batches of real text. Rounding parts any two runs in time; how far another seed parts
@@ -105,7 +106,7 @@ def run(options: Options, tokens: Path, console: Console) -> tuple[list[Curve], 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
     def batches() -> Batches:
-        return Batches(tokens, sizes.batch, sizes.block, seed)
+        return Batches(tokens, sizes.batch, sizes.block, seed, options.masked)
 
     vocab_size = batches().vocab_size
     settings = {} if options.min_logits_bytes is None else {"min_logits_bytes": options.min_logits_bytes}
@@ -196,7 +197,8 @@ def main(argv: list[str]) -> int:
     threads = torch.get_num_threads()
     machine = torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {threads} thread{'s'[: threads > 1]}"
     sizes = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(options.sizes).items())
-    caption = f"A small GPT on the standard library's sources\n{sizes}; {machine}; torch {torch.__version__}"
+    masked = f", {options.masked:.0%} of the targets masked" if options.masked else ""
+    caption = f"A small GPT on the standard library's sources{masked}\n{sizes}; {machine}; torch {torch.__version__}"
     console.print(caption, soft_wrap=True)
     show(console, *curves)
     draw(options.out, *curves, caption)

@@ -49,6 +49,7 @@ class Options:
     corpus_mb: float | None
     cache_dir: Path
     control: bool
+    masked: float
     out: Path
     json: Path | None
 
@@ -92,6 +93,7 @@ def parse(
         corpus_mb=args.corpus_mb,
         cache_dir=args.cache_dir,
         control=getattr(args, "control", False),
+        masked=getattr(args, "masked", 0.0),
         out=args.out,
         json=args.json,
     )
@@ -138,6 +140,14 @@ def _parser(name: str, description: str, defaults: Mapping[str, Sizes]) -> argpa
             action="store_true",
             help="a third run, without lce_inductor from weights a millionth larger: how far that parts the losses",
         )
+    if name == "loss_curves":
+        parser.add_argument(
+            "--masked",
+            type=_share,
+            default=0.0,
+            metavar="X",
+            help="mask about this share of each sequence's targets, from its beginning, as fine-tuning masks prompts",
+        )
     parser.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="picture (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     return parser
@@ -163,6 +173,16 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number > 0")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number >= 0 and < 1")
     return value
 
 

@@ -154,17 +154,19 @@ def test_short_example(
     assert with_pass["step_bytes"][-1] == pytest.approx(0, abs=4096)
 
 
+@pytest.mark.parametrize("flags", ["", "--masked 0.6"])
 def test_loss_curves(
     load: Callable[[str], ModuleType],
     without_codegen: None,
     token_cache: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    flags: str,
 ) -> None:
     picture, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
     paths = ["--cache-dir", str(token_cache), "--out", str(picture), "--json", str(numbers)]
     loss_curves = load("loss_curves")
-    code = loss_curves.main([*SMALL.split(), *paths])
+    code = loss_curves.main([*SMALL.split(), *flags.split(), *paths])
     shown = capfd.readouterr()
     assert code == 0, shown.out + shown.err
     assert picture.read_bytes().startswith(PNG_SIGNATURE) and picture.stat().st_size > 10_000
@@ -320,6 +322,11 @@ def test_batches(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip((idx, targets), same.next(torch.device("cpu")), strict=True))
     assert not torch.equal(idx, other.next(torch.device("cpu"))[0])
     assert data.Batches(path, 3, 48, 0).next(torch.device("cpu"))[1].shape == (3, 48)
+    idx, targets = data.Batches(path, 4000, 40, 0, masked=0.6).next(torch.device("cpu"))
+    shown = (targets >= 0) | (idx == 7)
+    assert 0.58 < 1 - shown.double().mean() < 0.65
+    answers = (targets >= 0).int().cumsum(1) > 0  # from the first that is to be predicted to the end
+    assert torch.equal(answers & (idx != 7), targets >= 0) and answers.sum(1).double().std() > 2
     with pytest.raises(ValueError, match="block = 49: the text has only 50 tokens"):
         data.Batches(path, 3, 49, 0)
 
