@@ -323,10 +323,9 @@ def test_batches(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert not torch.equal(idx, other.next(torch.device("cpu"))[0])
     assert data.Batches(path, 3, 48, 0).next(torch.device("cpu"))[1].shape == (3, 48)
     idx, targets = data.Batches(path, 4000, 40, 0, masked=0.6).next(torch.device("cpu"))
-    shown = (targets >= 0) | (idx == 7)
-    assert 0.58 < 1 - shown.double().mean() < 0.65
     answers = (targets >= 0).int().cumsum(1) > 0  # from the first that is to be predicted to the end
     assert torch.equal(answers & (idx != 7), targets >= 0) and answers.sum(1).double().std() > 2
+    assert 0.58 < 1 - answers.double().mean() < 0.65
     with pytest.raises(ValueError, match="block = 49: the text has only 50 tokens"):
         data.Batches(path, 3, 49, 0)
 
