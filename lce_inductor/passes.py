@@ -109,10 +109,11 @@ class HeadsPass(_Pass):
                 decision = regions.decide(graph, self.config)
             if regions.ask_for_rows(decision, self.config):
                 decision = regions.decide(graph, self.config)
+            backup = backup or Backup(graph)
+            decision = regions.respelled(graph, decision, self.config)
             if decision.chosen:
-                backup = backup or Backup(graph)
                 self._rewrite(graph, decision, backup)
-            elif simplified and backup is not None:
+            elif simplified:
                 backup.restore()
         except Exception:
             if backup is not None:
