@@ -1,7 +1,7 @@
 """Inputs that are written to between forward and backward: the backward is right, or raises where it must.
 
-Vectors may be changed: torch.compile alone saves none that is only added. Of matrices that it does not save either the
-backward raises, and never computes with what stands there now.
+Vectors may be changed: torch.compile alone saves none that is only added. Of matrices the backward raises where it holds
+one, and never computes with what stands there now.
 """
 
 from __future__ import annotations
@@ -18,6 +18,21 @@ from text_programs import Text
 ROWS = "F.cross_entropy({z}, {y}, reduction='none')"
 FLAT = ROWS.format(z="z.flatten(0, 1)", y="y3.flatten()")
 PLAIN = ROWS.format(z="z", y="y")
+# A bias is named in the backward, for second derivatives, and not read.
+NAMED = {
+    "gradients in the forward": "return F.cross_entropy(F.linear(x, w, b), y)",
+    "gradients in the backward": f"z = F.linear(x, w, b)\nreturn {PLAIN}",
+    "of a region": "return (F.linear(x3, w, b) - row3[..., None]).clamp(max=1).logsumexp(-1)",
+    "behind a reshape": f"z = F.linear(x, w) + b.view(1, 37)\nreturn {PLAIN}",
+    "of a layer before": f"z = F.linear(F.linear(x, w[:8], b[:8]).tanh(), w2)\nreturn {PLAIN}",
+    "read elsewhere, too": f"z = F.linear(x, w, b)\nreturn {PLAIN} + b.sum() + (b * classes).sum()",
+    "added twice": f"z = F.linear(x, w, b) + b\nreturn {PLAIN}",
+}  # fmt: skip
+# Here autograd itself reads it again.
+READ = {
+    "in a product of rows": f"z = F.linear(x, w, b)\nreturn {PLAIN} + (x * b[:8]).tanh().sum()",
+    "squared": f"z = F.linear(x, w, b)\nreturn {PLAIN} * b.square().sum()",
+}  # fmt: skip
 # Programs, and what is changed: of each, every way in which the backward may hold it.
 RIGHT = {
     "row subtracted": ("z = F.linear(x3, w) - row3[..., None]\nreturn z.clamp(max=1).logsumexp(-1)", "row3.mul_(2)"),
@@ -50,6 +65,51 @@ def test_between_forward_and_backward(name: str) -> None:
     else:  # ours raises; where eager does not, what it holds is a matrix
         assert "modified by an inplace operation" in verdict.detail, f"{verdict}\n{text}"
     assert Text(body).check()[:3] == ("right", "", 1)
+
+
+@pytest.mark.parametrize("name", [*NAMED, *READ])
+def test_a_bias(name: str) -> None:
+    """It may be changed where eager does not read it again."""
+    verdict = Text({**NAMED, **READ}[name], between="b.mul_(2)").check()
+    if name in NAMED:
+        assert (verdict.kind, verdict.rewritten) == ("right", 1), f"{verdict}\n{NAMED[name]}"
+    else:
+        assert verdict.kind == "invalid", verdict  # eager raises, and so did ours
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"activation_memory_budget": 0.3},
+        {"activation_memory_budget": 0.0},
+        {"ban_recompute_not_in_allowlist": False, "aggressive_recomputation": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [*NAMED, *READ])
+def test_a_bias_where_more_is_computed_again(name: str, config: dict[str, float]) -> None:
+    """Autograd looks at its version then, or the backward still does not read it."""
+    with torch._functorch.config.patch(config):
+        verdict = Text({**NAMED, **READ}[name], between="b.mul_(2)").check()
+    assert verdict.kind in ("right", "as torch", "crash", "invalid"), f"{verdict}\n{name}"
+    assert verdict.kind == "right" or "modified by an inplace operation" in verdict.detail
+
+
+def test_compiled_autograd_gets_all_that_is_held(installed: None) -> None:
+    """It knows of nothing that autograd does not look at."""
+    import torch._dynamo.compiled_autograd as engine
+
+    program = Text(NAMED["gradients in the forward"])
+    fn, _ = program.functions()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled, found = torch.compile(fn, backend=no_codegen_backend([])), []
+        for run in (fn, compiled):
+            inputs = program.inputs()
+            loss = run(*inputs)
+            with engine._enable(lambda gm: torch.compile(gm, backend="aot_eager")):
+                loss.backward()
+            found.append([t.grad for t in inputs if t.requires_grad])
+    torch.testing.assert_close(*found)
 
 
 def test_a_vector_is_copied_and_a_matrix_is_not(installed: None) -> None:

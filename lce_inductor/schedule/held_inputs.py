@@ -14,20 +14,28 @@ write to the input, legal or not, would go unnoticed. So of what such a backward
       ...                         dx, ... = row_stats_backward(..., kept)
 
 - views of inputs are taken of the input itself, in the backward: so the input is saved, and autograd looks at it.
+
+What is only named, so that second derivatives are an error (graph/second_derivative.py), is not read: whether it was
+changed does not matter. That autograd does not look is right only for what nothing in the backward can read, whatever
+the partitioner computes again; so that is said of vectors alone, all of whose readers are saved.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
+from torch._dynamo import compiled_autograd
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..graph import second_derivative as second
-from ..graph.values import dependents, same, written_inputs
+from ..graph.values import alive, dependents, equal_values, same, written_inputs
 from ..graph.write import Writer
-from .one_weight import on_tangents
+from .one_weight import is_early, on_tangents
 
 aten = torch.ops.aten
 ops = torch.ops.lce_inductor
@@ -41,19 +49,24 @@ def hold_inputs(graph: Graph) -> None:
     """Save what the heads' backwards read of inputs, or let them read the inputs."""
     late, changed = on_tangents(graph), dependents(graph, written_inputs(graph))
     heads = [n for n in graph.nodes if n.target in _HEADS]
+    read = dict.fromkeys(v for n in heads if n not in late for v in n.all_input_nodes)
     saved: dict[Node, Node] = {}
     for op in [n for n in heads if n in late]:
         for value in op.all_input_nodes:
             if value in late or not isinstance(value.meta.get("val"), torch.Tensor):
                 continue
             if value in changed or _is_vector(value):
-                saved[value] = saved.get(value) or _saved(graph, value)
+                first = next((v for v in read if equal_values(v, value)), value)
+                saved[first] = saved.get(first) or _saved(graph, first)
+                op.replace_input_with(value, saved[first])
             elif value.op != "placeholder" and (views := _views(value)):
                 _read_again(graph, op, value, views, late)
     for op in heads:
         for value in op.all_input_nodes:
             if value in saved:
                 op.replace_input_with(value, saved[value])
+    if keeps_to_marks() and not any("memory_budget" in n.meta for n in graph.nodes):
+        _hold_unchecked(graph, late)
 
 
 def _is_vector(value: Node) -> bool:
@@ -108,3 +121,41 @@ def _read_again(graph: Graph, op: Node, value: Node, views: list[Node], late: se
         args, kwargs = torch.fx.map_arg((view.args, view.kwargs), lambda n: of.get(n, n))
         of[view] = write(view.target, *args, **kwargs)
     op.replace_input_with(value, of[value])
+
+
+def _hold_unchecked(graph: Graph, late: set[Node]) -> None:
+    """Inputs that a backward only names are held without a look at their version."""
+    living, names = alive(graph), graph.find_nodes(op="call_function", target=ops.once.default)
+    for value in dict.fromkeys(n for once in names for n in once.args[1]):
+        if value.op != "placeholder" or value in late or not _is_vector(value):
+            continue
+        readers = [n for n in _readers(value) if n in living and (n not in names or n.args[0] is value)]
+        if all(_can_save(n) and n not in late and is_early([n], late) for n in readers):
+            for reader in readers:
+                reader.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            value.meta["saved_tensor_with_no_vc_check"] = True
+
+
+def _readers(value: Node) -> Iterator[Node]:
+    """Of the value, or of a view of it."""
+    for user in value.users:
+        if _is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _can_save(node: Node) -> bool:
+    """Is the result saved anyway where the backward needs it, or no more than a vector?"""
+    if node.meta.get("recompute", CheckpointPolicy.MUST_SAVE) != CheckpointPolicy.MUST_SAVE:
+        return False
+    saved = node.target in (*_HEADS, ops.kept.default, aten.addmm.default)
+    return saved or (isinstance(node.meta.get("val"), torch.Tensor) and _is_vector(node))
+
+
+def keeps_to_marks() -> bool:
+    """Does the partitioner save all that must be, and does the backward get what autograd does not look at? Compiled
+    autograd forgets it."""
+    if dynamo_config.compiled_autograd or getattr(compiled_autograd, "compiled_autograd_enabled", True):
+        return False
+    return bool(getattr(functorch_config, "activation_memory_budget", 0) == 1)
