@@ -21,6 +21,7 @@ from .ops import schema  # noqa: F401  (registers the ops)
 from .reporting import records, watch
 from .returned_logits import defer_returned
 from .schedule import Scheduled, schedule
+from .schedule.held_inputs import keeps_to_marks
 
 log = logging.getLogger("lce_inductor")
 
@@ -53,7 +54,8 @@ class _Pass(CustomGraphPass):
     def uuid(self) -> Any:
         # A setting that decides (plan.widens), and that torch's own keys leave out.
         narrow = torch.backends.cuda.matmul.allow_fp16_accumulation
-        return f"lce_inductor {self.stage} {source_hash()} {self.config.key()} {narrow}"
+        engine = keeps_to_marks()  # compiled autograd gets what is saved in another way
+        return f"lce_inductor {self.stage} {source_hash()} {self.config.key()} {narrow} {engine}"
 
     def __call__(self, graph: Graph) -> None:
         try:
@@ -109,10 +111,11 @@ class HeadsPass(_Pass):
                 decision = regions.decide(graph, self.config)
             if regions.ask_for_rows(decision, self.config):
                 decision = regions.decide(graph, self.config)
+            backup = backup or Backup(graph)
+            decision = regions.respelled(graph, decision, self.config)
             if decision.chosen:
-                backup = backup or Backup(graph)
                 self._rewrite(graph, decision, backup)
-            elif simplified and backup is not None:
+            elif simplified:
                 backup.restore()
         except Exception:
             if backup is not None:

@@ -143,7 +143,7 @@ def decided(gm: GraphModule | Traced, schedule: bool = True, **settings: Any) ->
     gm = gm.gm if isinstance(gm, Traced) else gm
     config = Config(**{"min_logits_bytes": 0, **settings})
     with tracing(TracingContext(fake_mode(gm))):  # as Inductor runs its passes
-        decision = regions.decide(gm.graph, config)
+        decision = regions.respelled(gm.graph, regions.decide(gm.graph, config), config)
         if decision.chosen:
             regions.apply(gm.graph, decision, config)
             if schedule:

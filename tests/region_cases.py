@@ -41,6 +41,14 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 Case = tuple[str, Callable[..., Any]]
 
 KERNELS: dict[str, Case] = {
+    "classes in front": ("x w y", lambda x,w,y: CE((w@x.t()).t(),y)),
+    "classes in front sym": ("x w y", lambda x,w,y: (w@x.t()).logsumexp(0).square().sum()),
+    "classes and rows swapped, N<V": ("x w y", lambda x,w,y: (w@x.t()).log_softmax(0).gather(0,y[None]).sum()),
+    "classes in front, scaled and capped": ("x w y", lambda x,w,y: (lambda z: CE((5*torch.tanh(z/5)).t(),y,reduction="none").square().mean())(w@x.t()/0.7)),
+    "classes in front, bias": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b[:,None],w,x.t()).t(),y)),
+    "classes in front, frozen weight": ("x w y", lambda x,w,y: CE((w.detach()@x.t()).mT,y)),
+    "classes in front, shifted": ("x w y", lambda x,w,y: CE((w@x.t()).t()[:-1],y[1:])),
+    "classes in front, beside the others": ("x w y", lambda x,w,y: CE((w@x.t()).t(),y)+CE(L(x,w),y)),
     "N==V": ("xs w ysq", lambda x,w,y: CE(L(x,w),y)),
     "V==H": ("x wh y8", lambda x,w,y: CE(L(x,w),y)),
     "H==1": ("h1x h1w y", lambda x,w,y: CE(L(x,w),y)),
@@ -139,6 +147,11 @@ KERNELS: dict[str, Case] = {
 }  # fmt: skip
 
 REGION: dict[str, Case] = {
+    "bias per row addmm": ("x w y row", lambda x,w,y,r: CE(torch.addmm(r[:,None],x,w.t()),y)),
+    "addmm scaled": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b,x,w.t(),beta=.5,alpha=2),y)),
+    "classes in front of a batch of one": ("x w y", lambda x,w,y: CE(torch.einsum("vh,nh->vn",w,x).t(),y)),
+    "classes in front, clamped": ("x w", lambda x,w: (w@x.t()).clamp(max=1).logsumexp(0).square().sum()**2),
+    "addmm scaled, classes in front": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b[:,None],w,x.t(),beta=0.,alpha=.3).t(),y)),
     "indices from the end": ("x w y", lambda x,w,y: -(L(x,w).log_softmax(-1)[torch.arange(24),y-20]*(y>9)).sum()),
     "indices from the end and labels": ("x w y", lambda x,w,y: (lambda z: CE(z,y)+z[torch.arange(24),y-37].sum()*.3)(L(x,w))),
     "indices from the end of a masked cap": ("x w y mask", lambda x,w,y,m: (z:=L(x,w).clamp(-2,2)).logsumexp(-1).sum()-z[torch.arange(24),torch.where(m,y,-3)].square().sum()),
@@ -282,13 +295,6 @@ REFUSED: dict[str, dict[str, Case]] = {
         "square rows stat transposed": ("x3 w", lambda x,w: (lambda z: (z[:,:4].logsumexp(-1)*z[:,:4].logsumexp(-1).t()).sum())(L(x,w))),
         "square rows wide times stat t": ("x3 w", lambda x,w: (lambda z: (z*z.logsumexp(-1).t()[...,None]).logsumexp(-1).sum())(L(x[:,:4],w))),
         "temp by B trained": ("x3 w y3 row3", lambda x,w,y,r: CE((L(x,w)*r[:,:1,None]).flatten(0,1),y.flatten())),
-        "matvec of classes": ("x w y", lambda x,w,y: CE((w@x.t()).t(),y)),
-        "matvec of classes sym": ("x w y", lambda x,w,y: (w@x.t()).logsumexp(0).square().sum()),
-        "classes and rows swapped, N<V": ("x w y", lambda x,w,y: (w@x.t()).log_softmax(0).gather(0,y[None]).sum()),
-    },
-    "foreign-product": {
-        "bias per row addmm": ("x w y row", lambda x,w,y,r: CE(torch.addmm(r[:,None],x,w.t()),y)),
-        "addmm scaled": ("x w b y", lambda x,w,b,y: CE(torch.addmm(b,x,w.t(),beta=.5,alpha=2),y)),
     },
     "escape": {
         "N==V index diag": ("xs w ysq", lambda x,w,y: L(x,w).log_softmax(-1).diagonal().sum()),

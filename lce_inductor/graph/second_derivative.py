@@ -4,7 +4,8 @@ AOTAutograd raises where a second differentiation comes back to a compiled backw
 that this backward has saved leads there. Gradients that are computed in the forward need none of the inputs: the
 answer would be None, as if there were nothing to find. So the backward of a head names the inputs that the head
 depends on, in `once`, an op that returns its first argument; no kernel is left of it. What it names is held until the
-backward, and must not be written to before: mostly parameters, and what the linear layer's own backward would save.
+backward: mostly parameters, and what the linear layer's own backward would save. It must not be written to before, but
+for what nothing reads there (schedule/held_inputs.py).
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def _once(value: Tensor, inputs: list[Tensor]) -> Tensor:
 
 
 def _kept(value: Tensor) -> Tensor:
-    """A copy that Inductor does not take for a no-op (see schedule/written_inputs.py)."""
+    """A copy that Inductor does not take for a no-op (see schedule/held_inputs.py)."""
     return value.clone()
 
 

@@ -16,6 +16,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from ..config import Config
+from ..graph.backup import Backup
 from ..graph.values import device_type, equal_values, has_hint, numel_hint, roots, same, size_hint, source
 from ..graph.write import sort
 from ..lower.chunk_plan import ChunkPlan, peak_bytes, saves_little
@@ -44,6 +45,7 @@ from .losses import Loss, is_product_by_shape, like, looks_like_logits, products
 from .losses import losses as find_losses
 from .match import fused_calls
 from .region import Found, Region, find
+from .spelling import can_respell, respell
 from .tags import is_one, size
 from .write import write
 from .write_fused import write_fused
@@ -211,6 +213,22 @@ def repeated(decision: Decision) -> list[tuple[Node, Node]]:
         if (first in chosen) != (node in chosen) and first.meta.get("recompute") == node.meta.get("recompute"):
             found.append((node, first))
     return found
+
+
+def respelled(graph: Graph, decision: Decision, config: Config) -> Decision:
+    """Write products of heads that are left alone in another way, where that lets them be rewritten; nothing else
+    changes the graph."""
+    heads = decision.heads
+    for node, problem in decision.found.problems.items():
+        if can_respell(node, problem) and heads[node].logits_bytes >= config.min_logits_bytes:
+            before = Backup(graph)
+            product = respell(graph, node, problem.code)
+            found = decide(graph, config)
+            if any(product in region.heads for region in found.chosen):
+                decision = found
+            else:
+                before.restore()
+    return decision
 
 
 def apply(graph: Graph, decision: Decision, config: Config) -> None:
@@ -453,4 +471,4 @@ def _programs(made: list[Node]) -> list[str]:
     return [a for n in made if n.target is ops.row_region.default for a in n.args if isinstance(a, str)]
 
 
-__all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "repeated", "scheduled"]
+__all__ = ["Decision", "Head", "Stray", "apply", "ask_for_rows", "decide", "repeated", "respelled", "scheduled"]

@@ -43,7 +43,7 @@ class Emitter(Steps):
     def __init__(self, labels: Labels, space: Space, stop: Callable[[Node], bool]) -> None:
         super().__init__()
         self.labels, self.space, self.stop = labels, space.find(), stop
-        self.matrices: list[Node] = []
+        self.matrices: list[tuple[Node, bool]] = []  # and whether they are turned: [H, V]
         self.results: list[Result] = []
         self.of: dict[Any, Any] = {}
         self._reaches: dict[Any, bool] = {}
@@ -82,11 +82,12 @@ class Emitter(Steps):
         """dz @ matrix [V, H]."""
         value = node.meta["val"]
         ref = self._matrix(wide)
-        other: Any = node.args[1] if node.args[0] is wide else node.args[0]
-        if other not in self.matrices:
-            self.matrices.append(other)
-        width = (shape_of(other) or ())[-1 if node.args[0] is wide else -2]
-        self.results.append(Result("dx", ref, value.dtype, (self._size(width),), self.matrices.index(other)))
+        turned = node.args[0] is not wide
+        other: Any = node.args[0 if turned else 1]
+        if (other, turned) not in self.matrices:
+            self.matrices.append((other, turned))
+        width, index = (shape_of(other) or ())[-2 if turned else -1], self.matrices.index((other, turned))
+        self.results.append(Result("dx", ref, value.dtype, (self._size(width),), index))
 
     def dw(self, node: Node, wide: Node) -> None:
         """dz^T @ rows."""

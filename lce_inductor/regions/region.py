@@ -176,7 +176,7 @@ def _merged(
         for sink in late:
             _add(labels, parts, sink, sink.wide, lambda n: False)
         for part in parts.values():
-            if any(m in labels.on_tangent or m in labels.beyond for m in part.emitter.matrices):
+            if any(m in labels.on_tangent or m in labels.beyond for m, _ in part.emitter.matrices):
                 return "a gradient is multiplied by a matrix that is not there before the head"
             for kind in ("rows", "whole"):
                 for node in _nodes(part.emitter, kind):

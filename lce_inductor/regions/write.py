@@ -127,7 +127,9 @@ def _call(
         for what in emitter.given["rows"]
     ]
     whole = [now(what[0]) for what in emitter.given["whole"]]
-    matrices = [two(writer, now(m)) for m in emitter.matrices]
+    matrices = [two(writer, now(m)) for m, _ in emitter.matrices]
+    turned = [t for _, t in emitter.matrices]
+    matrices = [writer.call(aten.permute.default, m, [1, 0]) if t else m for m, t in zip(matrices, turned)]
     program = emitter.program()
 
     def args(program: Program) -> tuple[Any, ...]:

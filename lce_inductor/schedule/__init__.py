@@ -18,12 +18,12 @@ from ..graph.write import sort
 from ..lower.plan import capabilities, policy_of, training
 from ..ops import schema  # noqa: F401  (registers the ops)
 from . import rewrite
+from .held_inputs import hold_inputs
 from .needed import ALL, needed_rows
 from .one_weight import REGION, next_to_join, too_many
 from .request import leaves_rows_out, request_of
 from .tangents import Illegal, heads_of, row_gradients
 from .write_one_weight import join, postpone
-from .written_inputs import keep_what_stood_there
 
 log = logging.getLogger("lce_inductor")
 ops = torch.ops.lce_inductor
@@ -37,7 +37,7 @@ class Scheduled(NamedTuple):
 
 
 def schedule(graph: Graph, config: Config) -> dict[Node, Scheduled]:
-    """move(), restrict(), add_up() and keep_what_stood_there().
+    """move(), restrict(), add_up() and hold_inputs().
 
     Returns what became of the calls that were there, for those with gradients that this stage has decided about. What
     nobody reads any more is still there.
@@ -47,7 +47,7 @@ def schedule(graph: Graph, config: Config) -> dict[Node, Scheduled]:
         sort(graph)
     restrict(graph)
     add_up(graph, config, found)
-    keep_what_stood_there(graph)
+    hold_inputs(graph)
     return found
 
 

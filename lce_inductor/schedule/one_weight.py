@@ -110,12 +110,12 @@ def _call(node: Node, living: set[Node], late: set[Node]) -> Call:
     summed = [len(STATISTICS) + 1, len(STATISTICS) + 2]
     if node.target is REGION:
         summed = [i for i, r in enumerate(parse(given["program"]).results) if r.kind in ("dw", "sum")]
-    early = {i for i, values in read.items() if _is_early(values, late)}
+    early = {i for i, values in read.items() if is_early(values, late)}
     sums = {i: None if i in early else _way(read[i], living) for i in summed if i in read}
     return Call(node, given, read, early, sums)
 
 
-def _is_early(values: list[Node], late: set[Node]) -> bool:
+def is_early(values: list[Node], late: set[Node]) -> bool:
     """Does something that the forward returns, or does, depend on these?"""
     todo, seen = list(values), set[Node]()
     while todo:
