@@ -105,13 +105,14 @@ def test_a_budget_is_kept() -> None:
     close(case.run(workspace_bytes=5 * 2 * V * 4), case.reference(), 2e-6)
 
 
-@pytest.mark.parametrize("code", [False, True], ids=["step by step", "compiled"])
+@pytest.mark.parametrize("code", [False, True], ids=["step by step", "as a graph"])
 def test_of_a_teacher_only_a_block_of_logits_exists(monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
     """The student's logits become the factor of dX and dW, so all of a chunk's do."""
     short = dataclasses.replace(POLICIES["cpu"].chunks, least_rows=3)
     rows, made = [], lowering._logits
     monkeypatch.setattr(lowering, "_logits", lambda a, n: rows.append(n) or made(a, n))
     monkeypatch.setattr(compiled, "DEVICES", {"cpu"} if code else set())
+    _count_compiles(monkeypatch, real=False)
     case = distillation(N, H, V, torch.float64)
     with using("cpu", dataclasses.replace(POLICIES["cpu"], chunks=short)):
         found = case.run(10)
