@@ -12,7 +12,7 @@ from .explaining.explanation import Explanation, explain
 from .install import current_config, inductor_options, install, installed, is_installed, uninstall
 from .reporting.history import Report, report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Config",
     "Deferred",
