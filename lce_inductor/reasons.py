@@ -98,7 +98,8 @@ _ROWS = (
     Reason(
         "returned-loss-free",
         "the logits are returned and no loss in this graph reads them",
-        "none if the caller wants the logits; a loss that reads them has to be compiled in one function with the head",
+        "none if the caller wants the logits; a loss that reads them has to be compiled in one function with the head, "
+        "or the head put under lce_inductor.defer(head)",
     ),
     Reason(
         "no-head",
@@ -116,12 +117,13 @@ _ROWS = (
     Reason(
         "graph-break",
         "the head and its loss are not in one graph: torch.compile broke the graph between them",
-        "take what breaks the graph out from between them, or behind `if not torch.compiler.is_compiling()`",
+        "take what breaks the graph out from between them, or behind `if not torch.compiler.is_compiling()`; or put "
+        "the head under lce_inductor.defer(head)",
     ),
     Reason(
         "loss-outside",
         "the compiled function returns logits that need a gradient; their loss is computed outside it",
-        "compile the function that calls the model and the loss",
+        "compile the function that calls the model and the loss, or put the head under lce_inductor.defer(head)",
     ),
     Reason(
         "not-installed",

@@ -51,7 +51,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     # Not the root's level, which other packages change.
     logging.getLogger("lce_inductor").setLevel(logging.DEBUG)
     torch.manual_seed(0)
-    yield
+    # torchtitan's apply_compile sets it for the whole process.
+    with torch._dynamo.config.patch(capture_scalar_outputs=torch._dynamo.config.capture_scalar_outputs):
+        yield
     lce_inductor.uninstall()
     torch._dynamo.reset()
 

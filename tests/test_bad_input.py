@@ -231,3 +231,13 @@ def test_unused_head_with_bad_labels_stays_silent(installed):
         return x.sum()
 
     torch.testing.assert_close(Compiled(fn)(x, w, at(0)), x.sum())
+
+
+def test_a_module_that_is_no_head_is_named(installed, caplog):
+    """Once: what it returns is computed, and nothing waits."""
+    conv = nn.Conv1d(4, 8, 1)
+    lce_inductor.defer(conv)
+    x = torch.randn(2, 4, 5)
+    assert all(type(conv(x)) is torch.Tensor for _ in range(2))
+    said = [r.getMessage() for r in caplog.records if "calls no F.linear" in r.getMessage()]
+    assert said == ["defer(Conv1d): it calls no F.linear, and is computed as always"]

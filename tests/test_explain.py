@@ -257,6 +257,17 @@ def test_too_small():
     assert codes(explain(step, min_logits_bytes=0)(*head())) == [None]
 
 
+@pytest.mark.parametrize("returned, code", [("defer", "too-small"), ("keep", "returned")])
+def test_small_logits_that_are_returned(returned, code):
+    """They are not deferred because they are small: to say that they have to exist would be untrue."""
+
+    def fn(x, w, y):
+        z = F.linear(x, w)
+        return F.cross_entropy(z, y), z
+
+    assert codes(explain(fn, min_logits_bytes=1 << 20, returned_logits=returned)(*head())) == [code]
+
+
 def test_not_installed():
     big = {"min_logits_bytes": 0}
     args = torch.randn(256, 4, requires_grad=True), torch.randn(1 << 16, 4), torch.zeros(256, dtype=torch.long)

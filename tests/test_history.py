@@ -92,7 +92,7 @@ def test_reads_of_deferred_logits(caplog):
     assert reads.bytes == 2 * 24 * WIDE * 4
     assert "were read 5 times by eager code: 2.00 more products" in str(lce_inductor.report())
     said = [r.getMessage() for r in caplog.records if "a read costs a product" in r.getMessage()]
-    assert len(said) == 1 and "returned_logits='keep'" in said[0]
+    assert len(said) == 1 and "logits.clone()" in said[0]
 
 
 def test_reads_of_logits_that_a_compiled_function_returns(installed):

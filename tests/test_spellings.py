@@ -404,7 +404,7 @@ def test_one_head_refused_another_rewritten(installed):
     x, w, y = head()
 
     def fn(x, w, y, u):
-        return F.cross_entropy(F.linear(x, w), y) + F.linear(x, u).cumsum(0).sin().sum()
+        return F.cross_entropy(F.linear(x, w), y) + F.linear(x, u).cumsum(0).cumsum(1).sin().sum()
 
     compiled = check_against_eager(fn, [x, w, y, w.detach().clone().requires_grad_()])
     assert compiled.counts["rewritten"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -14,11 +15,19 @@ from ..install import current_config
 from .logits import Memory, PendingLogits, of_parts
 from .steps import Spec
 
+log = logging.getLogger(__name__)
+# Modules that it was said of once.
+_without_linear: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with _Linear(module):
-        return type(module).forward(module, *args, **kwargs)
+    with _Linear(module) as linear:
+        out = type(module).forward(module, *args, **kwargs)
+    if not linear.called and module not in _without_linear:
+        _without_linear.add(module)
+        log.warning("defer(%s): it calls no F.linear, and is computed as always", type(module).__name__)
+    return out
 
 
 class _Linear(TorchFunctionMode):
@@ -26,11 +35,12 @@ class _Linear(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.called = module, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
+            self.called = True
             out = _pending(self.module, *args, **kwargs)
             if out is not None:
                 return out

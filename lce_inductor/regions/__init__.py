@@ -40,7 +40,7 @@ from ..spec.statistics import LSE, TARGET
 from .aten_ops import Crossing, at, bound, rank
 from .fused import NotFused
 from .heads import factors, is_product
-from .labels import PRODUCTS, Labels
+from .labels import PRODUCTS, Labels, Problem
 from .losses import Loss, is_product_by_shape, like, looks_like_logits, products_of_gradient, read_by_products
 from .losses import losses as find_losses
 from .match import fused_calls
@@ -181,9 +181,20 @@ def decide(graph: Graph, config: Config) -> Decision:
     found = find(graph, merge=config.gradients != "recompute")
     heads = {node: Head.of(node) for node in found.labels.sources}
     for node, problem in found.problems.items():
-        heads[node].refusal = refuse(problem.code, problem.node, problem.why)
+        heads[node].refusal = _refused(problem, heads[node], config)
     strays = _describe(found, heads)
     return Decision(found, heads, _worthwhile(found, heads, config), strays)
+
+
+def _refused(problem: Problem, head: Head, config: Config) -> Refusal:
+    """Why a head is left alone. Small logits that are returned were not deferred, because they are small."""
+    if problem.code == "returned" and config.returned_logits == "defer" and head.logits_bytes < config.min_logits_bytes:
+        return _too_small(head.logits_bytes, head.node, config)
+    return refuse(problem.code, problem.node, problem.why)
+
+
+def _too_small(size: int, node: Node, config: Config) -> Refusal:
+    return refuse("too-small", node, f"{size} of {config.min_logits_bytes} bytes")
 
 
 def ask_for_rows(decision: Decision, config: Config) -> bool:
@@ -320,7 +331,7 @@ def _worthwhile(found: Found, heads: dict[Node, Head], config: Config) -> list[R
         elif unknown:
             reason = refuse("device", mine[0].node, unknown)
         elif size < config.min_logits_bytes:
-            reason = refuse("too-small", mine[0].node, f"{size} of {config.min_logits_bytes} bytes")
+            reason = _too_small(size, mine[0].node, config)
         else:
             chosen.append(region)
             continue

@@ -111,8 +111,9 @@ class Report:
             lines += ["", "compiled functions read deferred logits, too: their products are not counted here"]
         if not total:
             lines.append(
-                "no graph was compiled with the passes: call install() before the first call of a compiled function, "
-                "in the thread that compiles; what torch.compile leaves to eager makes no graph (explain() says so)"
+                "no graph was compiled with the passes: call install(), if you did not, before the first call of a "
+                "compiled function, in the thread that compiles; what torch.compile leaves to eager makes no graph "
+                "(explain() says so)"
             )
         return "\n".join(lines)
 
@@ -124,16 +125,20 @@ def _name(graph: Compiled) -> str:
     return graph.compile_id + (" cached" if graph.cached else "")
 
 
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _told(reads: Reads) -> str:
     return (
-        f"deferred logits {list(reads.logits)} were read {reads.count} times by eager code: {reads.products:.2f} more "
+        f"deferred logits {list(reads.logits)} were read {times(reads.count)} by eager code: {reads.products:.2f} more "
         f"products of the head, {size_text(reads.bytes)} computed ({_WITHOUT_READS[reads.pending]})"
     )
 
 
 # What a user can do instead, of logits that a compiled model returned and of those of a head under defer().
 _WITHOUT_READS = {
-    False: "install(returned_logits='keep') computes them once a call instead",
+    False: "who reads them several times, and has room for them, reads logits.clone()",
     True: "torch.compile of the function that reads them does without",
 }
 
