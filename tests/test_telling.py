@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Compiled
+from harness import Compiled, head
 from test_explain import WIDE, codes, told
 from test_hints import H, N, lin, plain
 from test_watch import warnings_of
@@ -292,3 +292,13 @@ def test_half_of_the_hooks(installed):
     with inductor.patch(pre_grad_custom_pass=None):
         found = explain(torch.compile(plain))(*batch())
     assert codes(found) == [None] and "returned logits" in found.notes[0]
+
+
+def test_a_sum_of_exponentials_that_is_no_softmax():
+    """A temperature for each row: there is one head here, and one loss."""
+
+    def fn(x, w, y):
+        return F.cross_entropy(F.linear(x, w) / x.exp().sum(-1, keepdim=True), y)
+
+    found = explain(fn, min_logits_bytes=0)(*head())
+    assert codes(found) == [None]

@@ -291,6 +291,29 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits(size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
+def _refusing(name: str) -> Callable[..., Any]:
+    """A method of Tensor that writes: with gradients on, autograd would speak of views before dispatch is reached."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def write(self: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+        if self.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self._start}, and {name} cannot write to them: write to a copy (logits.clone()), {self._remedy}"
+            )
+        return method(self, *args, **kwargs)
+
+    return write
+
+
+for _name in (
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ipow__ add_ sub_ mul_ div_ pow_ neg_ exp_ tanh_ sigmoid_ "
+    "clamp_ clamp_min_ clamp_max_ nan_to_num_ fill_ zero_ copy_ masked_fill_ masked_scatter_ index_fill_ index_copy_ "
+    "index_add_ index_put_ scatter_ scatter_add_ addcmul_ addcdiv_ lerp_"
+).split():
+    setattr(DeferredLogits, _name, _refusing(_name))
+
+
 def _version(inner: dict[str, Tensor], name: str) -> int | None:
     t = inner.get(f"{name}_owner", inner[name])
     return None if t.is_inference() else t._version  # inference tensors have none

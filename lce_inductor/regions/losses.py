@@ -90,7 +90,7 @@ def _softmax_of(node: Node, on_tangent: set[Node]) -> tuple[Node, Any] | None:
         logits, dims = a["self"], a["dim"]
     elif node.target in (aten.exp.default, aten.exp2.default):
         total = _summed(node, on_tangent)
-        if total is None:
+        if total is None or _divides_others(node, total, on_tangent):
             return None
         logits, dims = node.args[0], total.args[1]
         while isinstance(logits, Node) and logits.target in (*_CASTS, aten.mul.Scalar):
@@ -119,6 +119,20 @@ def _summed(node: Node, on_tangent: set[Node]) -> Node | None:
             if user.target in (*_CASTS, aten.where.self, aten.mul.Tensor) and _numel(user) == _numel(node):
                 todo.append(user)
     return None
+
+
+def _divides_others(node: Node, total: Node, on_tangent: set[Node]) -> bool:
+    """Is a sum of exponentials read by nothing but quotients of other values, as a temperature is?"""
+    todo, mine, others = [total], {node, *_behind(node, on_tangent)}, False
+    for value in todo:
+        for user in (u for u in value.users if u not in on_tangent):
+            if user.target in (*_CASTS, *_VIEWS, aten.expand.default):
+                todo.append(user)
+            elif user.target is aten.div.Tensor and user.args[1] is value and user.args[0] not in mine:
+                others = True
+            else:
+                return False
+    return others
 
 
 def _is_loss(node: Node, logits: Node, on_tangent: set[Node]) -> bool:
