@@ -31,7 +31,7 @@ class Writer:
         self._known = next((v for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)), None)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        args, kwargs = self._sized(args), self._sized(kwargs)
+        args, kwargs = self.sized(args), self.sized(kwargs)
         with self.graph.inserting_before(self.point):
             node = self.graph.call_function(target, args, kwargs)
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -43,11 +43,12 @@ class Writer:
         self.new.append(node)
         return node
 
-    def _sized(self, value: Any) -> Any:
+    def sized(self, value: Any) -> Any:
+        """Arguments with nodes for their symbolic sizes."""
         if isinstance(value, (list, tuple)):
-            return type(value)(self._sized(v) for v in value)
+            return type(value)(self.sized(v) for v in value)
         if isinstance(value, dict):
-            return {k: self._sized(v) for k, v in value.items()}
+            return {k: self.sized(v) for k, v in value.items()}
         if isinstance(value, torch.SymInt):
             value = value.node.expr
         return self.size(value) if isinstance(value, sympy.Basic) else value

@@ -132,12 +132,12 @@ def _call(
     matrices = [writer.call(aten.permute.default, m, [1, 0]) if t else m for m, t in zip(matrices, turned)]
     program = emitter.program()
 
-    def args(program: Program) -> tuple[Any, ...]:
-        return (
+    def args(program: Program) -> Any:
+        return writer.sized((
             space.find().count, xs, weights, [b for b in biases if b is not None], [b is not None for b in biases],
             given, whole, matrices, list(emitter.sizes), program.text(), config.chunk_tokens or 0,
             config.workspace_bytes,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     if copies.tangent is not None and policy_of(device_type(copies.tangent)).sums_are_scaled:
         cut = cut_by_hints(*torch.fx.map_arg(args(program), lambda n: n.meta["val"]))
