@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 import torch._dynamo.guards
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 import lce_inductor
@@ -63,3 +64,13 @@ def installed() -> Iterator[None]:
     """The passes, for heads of every size."""
     with lce_inductor.installed(min_logits_bytes=0):
         yield
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -246,8 +246,11 @@ NO_HEAD: dict[str, Case] = {
 }  # fmt: skip
 
 REFUSED: dict[str, dict[str, Case]] = {
-    "crossing": {
+    "one-row": {
         "select one row": ("x w y", lambda x,w,y: CE(L(x,w)[3],y[3])),
+        "two selects": ("x w y", lambda x,w,y: (lambda z: CE(z[3],y[3])+CE(z[-1],y[5])*2+CE(z,y))(L(x,w))),
+    },
+    "crossing": {
         "max over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.max(), y))(L(x, w))),
         "amax over all": ("x w y", lambda x, w, y: (lambda z: CE(z - z.amax(), y))(L(x, w))),
         "norm over all": ("x w y", lambda x, w, y: (lambda z: CE(z / z.norm(), y))(L(x, w))),
@@ -282,7 +285,6 @@ REFUSED: dict[str, dict[str, Case]] = {
         "broadcast row of one head over another": ("x3 w y3", lambda x,w,y: (lambda z: (z-z[:,:1]).logsumexp(-1).sum())(L(x,w))),
         "row value of slice to rows": ("x3 w y3", lambda x,w,y: (lambda z: (z*z[:,:1].logsumexp(-1,keepdim=True)).logsumexp(-1).sum())(L(x,w))),
         "sum over T to classes": ("x3 w y3", lambda x,w,y: (lambda z: z.mean(1).logsumexp(-1).square().sum())(L(x,w))),
-        "two selects": ("x w y", lambda x,w,y: (lambda z: CE(z[3],y[3])+CE(z[-1],y[5])*2+CE(z,y))(L(x,w))),
         "row meets rows": ("x w", lambda x,w: (lambda z: (z[:,None]-z[None]).logsumexp(-1).square().sum())(L(x,w))),
         "row as column": ("x w", lambda x,w: (lambda z: (z[:,None,:]*z.logsumexp(-1)[None,:,None]).logsumexp(-1).square().sum())(L(x,w))),
         "two heads moved and joined": ("x w w2", lambda x,w,v: (lambda a,b: (a[:-1]+b[1:]).logsumexp(-1).sum()+(a+b).logsumexp(-1).square().sum())(L(x,w),L(x,v))),

@@ -7,6 +7,7 @@ way (see turns.py); LCE_EVERYTHING=1 runs all spellings in all ways, also throug
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from corpus.registry import Expectation
 from turns import EVERYTHING, one_of, turns
 
 import lce_inductor
+from lce_inductor.lower.device_policy import POLICIES
+from lce_inductor.lower.plan import using
 from lce_inductor.reporting import history
 
 # One or two of each family that differ most in what Inductor then has to compile.
@@ -89,6 +92,15 @@ def check(case: Case, dtype: torch.dtype, *, dynamic: bool = False, grad: bool =
         eager = harness.eager_run(case, dtype, grad=grad, grow=size)
         reference, narrowest = harness.reference_run(case, dtype, grad=grad, grow=size)
         harness.check_close(case, run, eager, reference, narrowest)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("teacher/")])
+def test_a_teacher_in_blocks(name: str) -> None:
+    """Chunks of 11 rows, and blocks of 3 of them for heads without gradients."""
+    cpu = POLICIES["cpu"]
+    short = dataclasses.replace(cpu, chunks=dataclasses.replace(cpu.chunks, target_rows=11, least_rows=3))
+    with using("cpu", short):
+        check(CASES[name], torch.float64)
 
 
 @each_case

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -303,15 +303,6 @@ def test_their_memory_is_refused() -> None:
 
 
 # -- distributed
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_collectives(one_process: None) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from corpus.harness import no_codegen_backend
 from deferred_cases import DIFFERENTIATE, B, H, Model, T, V, batch, close, pair, real
@@ -273,15 +272,6 @@ def test_caches_of_another_process(tmp_path: Path) -> None:
 
 
 # -- distributed
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from corpus.harness import GraphRecord, no_codegen_backend
 from deferred_cases import DIFFERENTIATE, B, Model, T, V, batch
@@ -190,15 +189,6 @@ def test_a_causal_model_of_transformers() -> None:
     torch.testing.assert_close(loss, expected)
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])

@@ -8,7 +8,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from expecttest import assert_expected_inline
 from harness import Compiled, N, error, head
+from test_regions_write import written
 from torch import Tensor
 from turns import EVERYTHING, crossed
 
@@ -86,18 +88,19 @@ def test_the_only_chunk_is_rounded_like_eagers(wide: bool) -> None:
 # -- sums in fp32
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "loss", [F.cross_entropy, lambda z, y: z.sigmoid().square().mean()], ids=["kernels", "program"]
 )
-def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(loss):
+def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(loss, dynamic):
     """What a GPU does where dW comes from several chunks: one rounding, after the tangent."""
     fn = lambda x, w, y: 3 * loss(F.linear(x, w), y)
     args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
     as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
     with lce_inductor.installed(min_logits_bytes=0, chunk_tokens=N // 2), as_on_a_gpu:
-        compiled = Compiled(fn)
+        compiled = Compiled(fn, dynamic=dynamic)
         compiled(*args).backward()
-    assert compiled.gradients == ["forward"]
+    assert compiled.gradients == ["forward"] and not compiled.refusals
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
     fn(*exact).backward()
     for found, want in zip(args[:2], exact[:2], strict=True):
@@ -105,6 +108,34 @@ def test_a_product_takes_the_sums_of_dw_before_they_are_rounded(loss):
         assert (found.grad - want.grad).norm() < 1e-2 * want.grad.norm()
     casts = [line.rpartition(", ")[0] for line in compiled.graphs[1].text.splitlines() if "convert_element" in line]
     assert sum(cast.endswith("float32)") for cast in casts) == 1  # dX's alone
+
+
+def test_graph_of_a_program_s_sums():
+    """dW leaves the op in fp32 and is rounded once, behind the tangent; dX as it was."""
+    as_on_a_gpu = using("cpu", dataclasses.replace(POLICIES["cpu"], sums_are_scaled=True))
+    args = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in head()]
+    with as_on_a_gpu:
+        text = written(lambda x, w: F.linear(x, w).sigmoid().sum(), *args[:2], chunk_tokens=N // 2)
+    assert_expected_inline(
+        text,
+        """\
+permute = aten.permute(primals_2, [1, 0])
+permute_3 = aten.permute(permute, [1, 0])
+once_default = lce_inductor.once(tangents_1, [primals_1, primals_2])
+full_default = aten.full([], 1, dtype=torch.bfloat16, device=device(type='cpu'))
+reshape_default = aten.reshape(primals_1, [24, 8])
+row_region_default = lce_inductor.row_region(24, [primals_1], [permute], [], [False], [reshape_default], [full_default], [permute_3], [], <program>, 12, 1610612736)
+sum_default = aten.sum(row_region_default[0], dtype=torch.bfloat16)
+mul_tensor = aten.mul.Tensor(row_region_default[1], once_default)
+convert_element_type_default = prims.convert_element_type(mul_tensor, torch.bfloat16)
+permute_2 = aten.permute(convert_element_type_default, [1, 0])
+permute_4 = aten.permute(permute_2, [1, 0])
+convert_element_type_default_1 = prims.convert_element_type(row_region_default[2], torch.float32)
+mul_tensor_1 = aten.mul.Tensor(convert_element_type_default_1, once_default)
+convert_element_type_default_2 = prims.convert_element_type(mul_tensor_1, torch.bfloat16)
+return [sum_default, convert_element_type_default_2, permute_4]
+""",
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def can_respell(node: Node, problem: Problem) -> bool:
         # Eager rounds the logits once; in 16 bits two roundings would count.
         a = bound(node)
         numbers = all(isinstance(a.get(k, 1), (int, float)) for k in ("alpha", "beta"))
+        numbers = numbers and a.get("alpha", 1) != 0  # then a NaN in the product is not read
         return code in (TURNED, APART) and numbers and node.meta["val"].dtype in (torch.float32, torch.float64)
     return node.target in (aten.mm.default, aten.bmm.default) and code == TURNED
 
