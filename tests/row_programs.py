@@ -24,11 +24,14 @@ class Shape(NamedTuple):
     temp: str
     trained: str
     mask: str
+    hidden: str
 
 
-FLAT = Shape("n", "y", "weights", "temp", "row", "mask_rows")
-GRID = Shape("bt", "y3", "weights3", "temp3", "row3", "mask_rows3")
-SHIFTED = Shape("bt", "y3[:, 1:]", "weights3[:, 1:]", "temp3[:, :-1]", "row3[:, :-1]", "mask_rows3[:, 1:]")
+FLAT = Shape("n", "y", "weights", "temp", "row", "mask_rows", "x")
+GRID = Shape("bt", "y3", "weights3", "temp3", "row3", "mask_rows3", "x3")
+SHIFTED = Shape(
+    "bt", "y3[:, 1:]", "weights3[:, 1:]", "temp3[:, :-1]", "row3[:, :-1]", "mask_rows3[:, 1:]", "x3[:, :-1]"
+)
 
 HEADS = {
     "n": (
@@ -62,7 +65,8 @@ BY_ROW = (
     "z.masked_fill(~{mask}[..., None], 0.0)", "z.scatter(-1, {labels}[..., None], 0.25)", "z.scatter_add(-1, {labels}[..., None], z[..., :1] * 0.5)",
     "z - 0.35 * F.one_hot({labels}, 37)", "torch.where(z >= z.topk(5, -1).values[..., -1:], z, -1e4 + 0 * z)", "z / z.std(-1, keepdim=True)",
     "z.sort(-1).values", "z.flip(-1)", "z.roll(1, -1)", "z.cumsum(-1) * 0.2", "z[..., torch.arange(36, -1, -1)]",
-    "torch.where(torch.arange(37) == {labels}[..., None], z - 0.2, z)", "z + 0.1 * z.softmax(-1)",
+    "torch.where(torch.arange(37) == {labels}[..., None], z - 0.2, z)", "z + 0.1 * z.softmax(-1)", "z / ({hidden}.square().mean(-1, keepdim=True) + 1)",
+    "z * torch.sigmoid({hidden} @ w[3])[..., None]", "z - {hidden}.tanh().sum(-1)[..., None] * 0.1",
 )  # fmt: skip
 BY_CLASS = (
     "z.masked_fill(mask_classes, -1e4)", "torch.where(mask_classes, z * 0.1, z)", "z.masked_fill(torch.arange(37) > 33, -1e9)", "z * (~mask_classes)",
@@ -94,6 +98,7 @@ ROW_MATHS = (
     "s * {weights}", "s * {mask}", "s.clamp(max=3.217)", "s.exp().clamp(max=5.1)", "torch.where({mask}, s, 0.0)", "s / {temp}", "s * s.detach()", "(s - s.detach()).exp()",
     "torch.minimum(s, {weights} + 0.3)", "s * {trained}", "s.square()", "F.logsigmoid(s)", "(1 - (-s).exp()) ** 2 * s", "s + {trained}", "s.masked_fill({mask}, 0.5)",
     "torch.min((s - s.detach()).exp() * {weights}, (s - s.detach()).exp().clamp(0.8, 1.2) * {weights})", "s.abs()", "s * ({labels} != 3)", "s - 0.3 * s.mean()", "s.tanh()",
+    "s * {hidden}.norm(dim=-1)", "({hidden} * s[..., None]).square().sum(-1)", "s * torch.sigmoid(({hidden} * w[5]).sum(-1))", "s + 0.1 * ({hidden} * s.detach()[..., None]).sum(-1)",
 )  # fmt: skip
 ENDS = (
     "s.mean()", "s.sum()", "(s * {weights}).sum() / {weights}.sum()", "s", "(s * {mask}).sum() / {mask}.sum()", "s.square().mean()", "s.sum() / {labels}.numel()", "s[{mask}].sum()",
@@ -140,7 +145,7 @@ NARROW_UNSAFE = ("topk", "sort", "argmax", "round", "Straight", "kthvalue", "med
 
 def _one(rng: random.Random) -> Text:
     shape = rng.choice((FLAT, FLAT, GRID, SHIFTED))
-    names = {k: getattr(shape, k) for k in ("labels", "weights", "temp", "trained", "mask")}
+    names = {k: getattr(shape, k) for k in ("labels", "weights", "temp", "trained", "mask", "hidden")}
     lines = [f"z = {rng.choice(HEADS[shape.rows])}"]
     if shape is SHIFTED:
         lines.append("z = z[:, :-1]")

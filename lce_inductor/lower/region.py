@@ -24,6 +24,7 @@ from .products import as_factor
 from .region_arguments import Arguments, Cut, check
 from .region_compiled import Key
 from .region_steps import Chunk
+from .region_tidy import tidied
 from .region_values import Meta, meta, places, propagate, used, wide
 
 
@@ -129,13 +130,20 @@ class _Memory:
         self.logits, self.held = logits, held
         metas = _metas(a, _inputs(a, self.logits, slice(0, rows)))
         what = (a.text, metas, a.sizes, a.first.device)
-        fakes = propagate(a.text, 2, *what[1:])
+        if not device_of(a).compiles(a.first.device):  # Inductor finds its own passes
+            what = (tidied(*what), *what[1:])
+        text = what[0]
+        fakes = propagate(text, 2, *what[1:])
         found, order = places(*what), [i for i, kind in enumerate(a.program.inputs) if kind == "logits"]
         self._homes = {i: _new(a, rows, fakes[i].shape[1], fakes[i].dtype) for i, at in found.items() if at is None}
         self.factors = self._homes | {i: self.logits[order.index(at)] for i, at in found.items() if at is not None}
         homes = tuple(meta(h, "rows") for h in self._homes.values())
-        self.key = Key(a.text, metas, homes, a.sizes, a.first.device)
+        self.key = Key(text, metas, homes, a.sizes, a.first.device)
         self._blocks: dict[int, list[Tensor]] = {}
+
+    def factor(self, k: int) -> Tensor:
+        """The factor of dX or dW that the k-th result is a product of."""
+        return self.factors[self.key.program.results[k].value.index]
 
     def block(self, a: Arguments, rows: slice, first: int) -> Chunk:
         """Some rows of a chunk, from its row `first` on."""
@@ -182,7 +190,7 @@ class _Outputs:
         for k, result in enumerate(self.results):
             if result.kind not in ("dx", "dw"):
                 continue
-            factor = memory.factors[result.value.index][: rows.stop - rows.start]
+            factor = memory.factor(k)[: rows.stop - rows.start]
             if result.kind == "dx":
                 device.dx(self._of_rows(k)[rows], factor, matrices[result.other])
                 continue

@@ -131,14 +131,12 @@ def _planned(text: str, n: int, inputs: tuple[Meta, ...], sizes: tuple[int, ...]
                 and (s >= len(logits) or fakes[logits[s]].is_contiguous())
                 and (mine in last or home.get(s, mine) == mine)
             ]
+            fitting[:0] = [
+                s
+                for s in _own(step, fake, fakes, dying, slot_of)
+                if slots[s] == (tuple(fake.shape), fake.dtype) and (mine in last or home.get(s, mine) == mine)
+            ]
             at_home = [s for s in fitting if home.get(s) == mine]
-            own = _own(step, fake, fakes, dying, slot_of)
-            if (
-                own is not None
-                and slots[own] == (tuple(fake.shape), fake.dtype)
-                and (mine in last or home.get(own, mine) == mine)
-            ):
-                fitting.insert(0, own)
             slot = next(iter(at_home + fitting), len(slots))
             if slot == len(slots):
                 slots.append((tuple(fake.shape), fake.dtype))
@@ -185,23 +183,24 @@ def _is_large(fake: Any, n: int) -> bool:
     return isinstance(fake, Tensor) and fake.numel() > _FEW * n and fake.is_contiguous()
 
 
-def _own(step: Step, fake: Tensor, fakes: list[Any], dying: set[int], slot_of: dict[Any, int]) -> int | None:
-    """The memory of an operand that the step may write over while it reads it."""
+def _own(step: Step, fake: Tensor, fakes: list[Any], dying: set[int], slot_of: dict[Any, int]) -> list[int]:
+    """The memory of operands that the step may write over while it reads them."""
     op, read = resolve(step.op), refs(step.args) + refs(step.kwargs)
     on_a_copy = op in _ON_A_COPY
     if not on_a_copy and torch.Tag.pointwise not in op.tags and op is not aten.where.self:
-        return None
+        return []
 
     def alike(i: int) -> bool:
         value = fakes[i]
         return (value.shape, value.dtype, value.stride()) == (fake.shape, fake.dtype, fake.stride())
 
+    found = []
     for i in read[:1] if on_a_copy else read:
         memory = owner(fakes[i])
         shared = [j for j in read if owner(fakes[j]) == memory]
         if memory in dying and memory in slot_of and all(alike(j) for j in shared) and not (on_a_copy and shared[1:]):
-            return slot_of[memory]
-    return None
+            found.append(slot_of[memory])
+    return found
 
 
 # -- how an op writes into given memory

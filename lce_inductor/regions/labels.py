@@ -5,9 +5,9 @@ One walk over the graph, from the products that make logits. A node that depends
     labelled   it has tags (see tags.py) and belongs to a set of rows (see spaces.py)
     beyond     rows are added up, or it is no longer known how it depends on them: a loss, dW, what is made of them
 
-A labelled node with (nearly) as many local elements as there are classes is *wide*: it must never exist as a whole. A
-wide node that is read by anything but labelled nodes, sums over rows and the products of the backward is a problem of
-its heads, which are then left alone.
+A labelled node that is *wide*, like a head's logits (see widths.py), must never exist as a whole. One that is read by
+anything but labelled nodes, sums over rows and the products of the backward is a problem of its heads, which are then
+left alone.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.values import alive, dependents, is_collective, is_zero, size_hint
+from ..graph.values import alive, dependents, is_collective, is_zero
 from . import collectives, index_ops  # noqa: F401  (register their facts)
 from .aten_ops import Crossing, Fact, at, bound, fact, result_tags, stack, stacked
 from .spaces import Move, Space, backward_move, forward_move, nth_row, related, row_sizes
 from .tags import LOCAL, ONE, ROW, is_one, product, same_size, shape_of, size, through_view
+from .widths import Widths
 from .zeros import keeps_zeros
 
 aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
-# A wide node has at least this share of the classes.
-_WIDE = 8
 
 
 class Label(NamedTuple):
@@ -71,7 +70,8 @@ class Labels:
         self.outputs: dict[Node, list[Node]] = {}  # narrow labelled nodes that are read outside, and by what
         self.problems: dict[Node, Problem] = {}
         self.sources: list[Node] = []
-        self._classes: dict[Space, int] = {}
+        self._widths = Widths(self.of)
+        self.wide, self.classes = self._widths.wide, self._widths.classes
         self._facts: dict[Node, Fact] = {}
         self.stacks: set[Node] = set()  # cats that are read as what torch.stack gives
         self.passes: dict[Node, list[Node]] = {}  # nodes that select rows, or put them back, and of what
@@ -98,16 +98,8 @@ class Labels:
         space = Space(product(shape[:-1]))
         space.sources.append(node)
         self.sources.append(node)
-        self._classes[space] = size_hint(node.meta["val"].shape[-1])
+        self._widths.add(node, space)
         self.of[node] = Label("".join(ONE if is_one(s) else ROW for s in shape[:-1]) + LOCAL, space)
-
-    def classes(self, space: Space) -> int:
-        """The number of classes of the narrowest head of these rows and of those that they follow from."""
-        root = space.find()
-        found = [c for s, c in self._classes.items() if s.find() is root]
-        if not found:
-            found = [self.classes(m.before) for m in root.found_from]
-        return min(found, default=1)
 
     def heads_of(self, space: Space) -> list[Node]:
         """Sources that these rows come from."""
@@ -116,15 +108,6 @@ class Labels:
         for move in root.found_from:
             found += [s for s in self.heads_of(move.before) if s not in found]
         return found
-
-    def wide(self, node: Node) -> bool:
-        label, value = self.of[node], node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return value is not None  # several results: what is read of them decides
-        count = 1
-        for s, t in zip(value.shape, label.tags):
-            count *= size_hint(s) if t == LOCAL else 1
-        return count > 1 and count * _WIDE > self.classes(label.space)
 
     # -- one node
 
