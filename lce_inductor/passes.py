@@ -52,6 +52,7 @@ class _Pass(CustomGraphPass):
         self.config = config
 
     def uuid(self) -> Any:
+        watch.begin(self.config)  # a cache asks for its key: where it knows the graph, no pass may run after that
         # A setting that decides (plan.widens), and that torch's own keys leave out.
         narrow = torch.backends.cuda.matmul.allow_fp16_accumulation
         engine = keeps_to_marks()  # compiled autograd gets what is saved in another way
@@ -81,11 +82,8 @@ class DeferPass(_Pass):
 
     stage = "defer"
 
-    def uuid(self) -> Any:
-        watch.begin(self.config)  # a cache asks for its key: from torch 2.12 on, the pass may not run after that
-        return super().uuid()
-
     def run(self, graph: Graph) -> None:
+        watch.begin(self.config)
         defer_returned(graph, self.config)
 
 

@@ -142,7 +142,7 @@ def waiting(graph: Graph) -> int:
 
     def is_dw(n: Node) -> bool:
         value = n.meta.get("val")
-        return isinstance(value, Tensor) and value.numel() >= 200 * H and list(value.shape[1:]) == [H]
+        return isinstance(value, Tensor) and bool(value.numel() >= 200 * H) and list(value.shape[1:]) == [H]
 
     ready = (n for n in graph.nodes if n.target is torch._ops.OpOverload or "lce_inductor" in str(n.target))
     made = {r for n in ready if n not in late for r in n.users}

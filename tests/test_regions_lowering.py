@@ -341,15 +341,15 @@ def test_inductor_makes_one_code(with_compiler: None, monkeypatch: pytest.Monkey
     def hook(graph: Any) -> None:
         raise AssertionError("not for this graph")
 
-    # Where there is a GPU, there: torch 2.11's code for a CPU, where no program of a user's is compiled, reads the target's
+    # Of a loss without labels: torch 2.11's code for a CPU, where no program of a user's is compiled, reads the target's
     # logit after the gradient has been written over it.
     device, tolerance = ("cuda", GPU_TOLERANCES[torch.float32]) if torch.cuda.is_available() else ("cpu", 2e-6)
-    case = cross_entropy(N, H, V, torch.float32, device)
+    case = distillation(N, H, V, torch.float32, device)
     with torch._inductor.config.patch(joint_custom_pre_pass=hook, post_grad_custom_post_pass=hook):
         case.run(7)
     assert made == [7]
     for n in (N, N - 3, N + 2):
-        case = cross_entropy(n, H, V, torch.float32, device)
+        case = distillation(n, H, V, torch.float32, device)
         close(case.run(7), case.reference(), tolerance)
     threads = [threading.Thread(target=case.run, args=(7,)) for _ in range(2)]
     for t in threads:

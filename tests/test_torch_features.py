@@ -395,6 +395,9 @@ class Int8Weight(Tensor):
     def __init__(self, q: Tensor, scale: Tensor) -> None:
         self.q, self.scale = q, scale
 
+    def __repr__(self) -> str:  # torch 2.11 shows a graph's tensors, and an inherited one would compute with them
+        return f"Int8Weight({list(self.shape)})"
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["q", "scale"], None
 

@@ -91,12 +91,10 @@ def test_a_cached_graph_is_reported(two_processes):
     folder, (cold, warm) = two_processes
     first, second = json.loads(cold[-1]), json.loads(warm[-1])
     assert (first["hits"], second["hits"]) == (0, 2)
-    # torch 2.11 runs the pre-grad pass before it looks into its caches.
-    prefix = "" if torch.__version__.startswith("2.11") else "cached:"
-    for found, mark in ((first, ""), (second, prefix)):
+    for found, mark in ((first, ""), (second, "cached:")):
         assert (found["counts"][f"{mark}rewritten"], found["counts"][f"{mark}refused:escape"]) == (1, 1)
         assert found["codes"] == [None]
-    shown = "from the compile caches: " if prefix else ""
+    shown = "from the compile caches: "
     for lines, said in ((cold, ""), (warm, shown)):
         assert any(line.startswith(f"DEBUG {said}rewrote {folder / 'probe.py'}:") for line in lines)
         assert any(line.startswith(f"DEBUG {said}left {folder / 'probe.py'}:") for line in lines)

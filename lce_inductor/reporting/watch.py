@@ -1,9 +1,9 @@
 """From the begin of a compile to its end: what a cached graph does, and the one warning that nothing was found.
 
-A cache hit runs no pass (from torch 2.12 on). But each cache asks the pass for its key, which tells that a compile
-is under way, and Dynamo tells when it is over. The records of a compile that ran the pass are kept as JSON beside
-the generated code, in Inductor's cache folder, and found again there when a later process loads that code. Functions
-whose graphs are alike share a file of code: records are kept for each function.
+A cache hit runs no pass on the joint graph (and from torch 2.12 on none before it). But each cache asks the passes for
+their key, which tells that a compile is under way, and Dynamo tells when it is over. The records of a compile that ran
+the pass are kept as JSON beside the generated code, in Inductor's cache folder, and found again there when a later
+process loads that code. Functions whose graphs are alike share a file of code: records are kept for each function.
 """
 
 from __future__ import annotations

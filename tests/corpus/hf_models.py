@@ -305,7 +305,7 @@ def jamba() -> Setup:
 @model("falcon_h1, head multiplier")
 def falcon_h1() -> Setup:
     return causal(
-        "falcon_h1", head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=8,
+        "falcon_h1", head_dim=8, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=8,
         lm_head_multiplier=0.5,
     )  # fmt: skip
 
