@@ -335,21 +335,24 @@ def test_a_symbolic_size_is_left_open(with_compiler: None, monkeypatch: pytest.M
     assert made == [7]
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.11.") and not torch.cuda.is_available(),
+    reason="torch 2.11's code for a CPU, where no program of a user's is compiled, reads logits that it has written over",
+    strict=True,
+)
 def test_inductor_makes_one_code(with_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made = _count_compiles(monkeypatch)
 
     def hook(graph: Any) -> None:
         raise AssertionError("not for this graph")
 
-    # Of a loss without labels: torch 2.11's code for a CPU, where no program of a user's is compiled, reads the target's
-    # logit after the gradient has been written over it.
     device, tolerance = ("cuda", GPU_TOLERANCES[torch.float32]) if torch.cuda.is_available() else ("cpu", 2e-6)
-    case = distillation(N, H, V, torch.float32, device)
+    case = cross_entropy(N, H, V, torch.float32, device)
     with torch._inductor.config.patch(joint_custom_pre_pass=hook, post_grad_custom_post_pass=hook):
         case.run(7)
     assert made == [7]
     for n in (N, N - 3, N + 2):
-        case = distillation(n, H, V, torch.float32, device)
+        case = cross_entropy(n, H, V, torch.float32, device)
         close(case.run(7), case.reference(), tolerance)
     threads = [threading.Thread(target=case.run, args=(7,)) for _ in range(2)]
     for t in threads:
