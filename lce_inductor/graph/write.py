@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -173,6 +175,19 @@ def _evaluated(target: Any, args: Any, kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
+# In torch 2.11 a setting is that of all threads: two that set it and put it back could leave it set.
+_one_at_a_time = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextlib.contextmanager
 def fake_mode(values: Any) -> Iterator[Any]:
     """The fake mode of these values, or of the trace under way.
@@ -187,7 +202,7 @@ def fake_mode(values: Any) -> Iterator[Any]:
         context = TracingContext.try_get()
         mode = context.fake_mode if context is not None else None
     asks_nothing = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with asks_nothing, contextlib.nullcontext() if mode is None else mode:
+    with _one_at_a_time, asks_nothing, contextlib.nullcontext() if mode is None else mode:
         yield mode
 
 
