@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from harness import H, N, V, head
+from harness import H, N, V, head, joint_graph
 from test_regions_write import written
+
+from lce_inductor.regions.region import find
 
 
 def logits_and(*more):
@@ -511,3 +513,15 @@ add = aten.add.Tensor(mul_6, mul_tensor_2)
 return [div, permute_4, add, None]
 """,
     )
+
+
+def test_values_for_each_class_by_another_symbol():
+    """Of an input with a column more: what is made of the loss and of targets is as wide as logits all the same."""
+
+    def fn(x, w, y, t):
+        s = F.cross_entropy(x @ w.t(), y, reduction="none")
+        return s.mean(), t[:, 1:] * s.detach()[:, None]
+
+    _, _, y = head()
+    graph = joint_graph(fn, *logits_and(y, torch.rand(N, V + 1)), dynamic=True).graph
+    assert [p.code for p in find(graph).problems.values()] == ["returned"]

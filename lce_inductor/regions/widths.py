@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
 from ..graph.values import size_hint
 from .spaces import Space
-from .tags import LOCAL, is_one, same_size, size
+from .tags import LOCAL
 
 if TYPE_CHECKING:
     from .labels import Label
@@ -28,12 +28,12 @@ class Widths:
         self.of = of
         self._classes: dict[Space, int] = {}
         self._wide: dict[Node, bool] = {}
-        self._sizes: list[Any] = []
+        self._sizes: set[int] = set()  # by hint: two inputs of as many classes have two symbols
 
     def add(self, head: Node, space: Space) -> None:
         self._classes[space] = size_hint(head.meta["val"].shape[-1])
         self._wide[head] = self._classes[space] > 1
-        self._sizes.append(size(head.meta["val"].shape[-1]))
+        self._sizes.add(self._classes[space])
 
     def classes(self, space: Space) -> int:
         """The number of classes of the narrowest head of these rows and of those that they follow from."""
@@ -52,13 +52,11 @@ class Widths:
         label, value = self.of[node], node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return value is not None  # several results: what is read of them decides
-        local = [s for s, t in zip(value.shape, label.tags) if t == LOCAL and not is_one(size(s))]
-        count = math.prod(map(size_hint, local))
+        sizes = {size_hint(s) for s, t in zip(value.shape, label.tags) if t == LOCAL} - {1}
+        count = math.prod(size_hint(s) for s, t in zip(value.shape, label.tags) if t == LOCAL)
         if count == 1 or count * _WIDE <= self.classes(label.space):
             return False
-        sizes = list(map(size, local))
-        of_wide = any(a in self.of and self.wide(a) for a in node.all_input_nodes)
-        if not of_wide and not any(same_size(s, t) for s in sizes for t in self._sizes):
+        if sizes.isdisjoint(self._sizes) and not any(a in self.of and self.wide(a) for a in node.all_input_nodes):
             return False
-        self._sizes += [s for s in sizes if not any(same_size(s, t) for t in self._sizes)]
+        self._sizes |= sizes
         return True
