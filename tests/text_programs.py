@@ -5,6 +5,7 @@ A `Text` is the body of a function of the inputs below. `str()` of it is a scrip
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from types import ModuleType
@@ -52,6 +53,7 @@ INPUTS: dict[str, tuple[str, bool]] = {
 # Those whose first dimension is a number of tokens or sequences.
 ROWS = {n for n, (text, _) in INPUTS.items() if "(N" in text or "(B" in text or ", N" in text or ", B" in text}
 
+_numbers = itertools.count()
 PREAMBLE = """\
 def rand(*shape):
     return torch.randn(shape, generator=g, dtype=torch.float64)
@@ -112,8 +114,10 @@ class Text(NamedTuple):
         return "\n".join([f"def program({', '.join(self.names)}):", *lines])
 
     def functions(self) -> tuple[Fn, Fn | None]:
-        # A module that can be imported: Dynamo looks up globals there.
-        sys.modules["user_code"] = module = ModuleType("user_code")
+        # A module that can be imported: Dynamo looks up globals there, and keeps what it found under the module's name.
+        number = next(_numbers)
+        sys.modules.pop(f"user_code{number - 100}", None)
+        sys.modules[f"user_code{number}"] = module = ModuleType(f"user_code{number}")
         scope = module.__dict__
         scope.update(torch=torch, F=F, aten=torch.ops.aten)
         exec(f"{self.setup}\n{self._define()}", scope)
