@@ -127,6 +127,20 @@ def test_a_loss_without_a_head_is_counted(installed, caplog):
     assert f"{NOWHERE}: no-head: " in text
 
 
+def test_stored_logits_of_a_teacher_are_no_head(installed):
+    """They are a target. Trained ones are somebody's logits, and stay."""
+
+    def fn(x, t, w):
+        z = F.linear(x, w)
+        return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+
+    x, t = torch.randn(N, H, requires_grad=True), torch.randn(N, WIDE)
+    w = torch.randn(WIDE, H, requires_grad=True)
+    found = told(fn, x, t, w)
+    assert codes(found) == [None] and found.held_bytes == 0
+    assert codes(told(fn, x, t.requires_grad_(), w)) == ["returned", "no-head"]
+
+
 # -- saved means saved
 
 

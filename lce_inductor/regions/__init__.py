@@ -291,8 +291,11 @@ def _describe(found: Found, heads: dict[Node, Head]) -> list[Stray]:
     for node in heads:
         heads[node].backward = products_of_gradient(node, labels.on_tangent)
         heads[node].returned = looks_like_logits(node, labels.on_tangent)
-    # A softmax of a single vector, made of no product, weighs something.
-    return [s for s in strays.values() if s.tokens != "1" or s.refusal.reason.code != "no-head"]
+    # A softmax of a single vector, made of no product, weighs something; one of an input without a gradient, beside a
+    # head, is its target: a teacher's stored logits.
+    no_heads = {s for s in strays if strays[s].refusal.reason.code == "no-head"}
+    targets = {s for s in no_heads if strays[s].tokens == "1" or (found.regions and not strays[s].trains)}
+    return [stray for s, stray in strays.items() if s not in targets]
 
 
 def _stray(loss: Loss, labels: Labels) -> Stray:
@@ -313,6 +316,10 @@ def _stray(loss: Loss, labels: Labels) -> Stray:
     else:
         refusal = refuse("no-head", next((n for n in loss.origins if n.op == "call_function"), None))
     trains = any(like(n, loss.logits) for n in labels.on_tangent)
+    if made is None:  # logits from elsewhere: there goes their gradient, too, in whatever shape they came
+        returned = next(iter(labels.graph.find_nodes(op="output"))).all_input_nodes
+        values = (n.meta.get("val") for n in returned if n in labels.on_tangent)
+        trains = any(isinstance(v, torch.Tensor) and numel_hint(v.shape) == count for v in values)
     guessed = not all(map(has_hint, value.shape))
     return Stray([], text, str(loss.classes), count * value.dtype.itemsize, guessed, refusal, trains, product)
 
