@@ -356,8 +356,7 @@ def test_two_threads_rewrite_at_once():
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
+        [thread.start() for thread in threads]
         for thread in threads:
             thread.join(120)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +11,22 @@ import torch
 from expecttest import assert_expected_inline
 from region_programs import CASES, Builder, close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lce_inductor.lower import region_tidy
 from lce_inductor.lower.region_tidy import tidied
 from lce_inductor.lower.region_values import evaluate, meta
 from lce_inductor.spec.program import Program, Ref, Rows, parse
 
 N, V = 5, 40
+
+
+@pytest.fixture(autouse=True)
+def no_errors(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No program runs as it was because of an error."""
+    yield
+    expected = request.function is test_a_program_that_cannot_be_written_runs_as_it_is
+    assert expected or "runs as it is" not in caplog.text
 
 
 def shown(program: Program) -> str:
@@ -233,6 +243,85 @@ def test_numbers_are_no_values() -> None:
     b.result("dx", b.add("aten.add.Tensor", b.add("aten.mul.Tensor", 0, less), less), torch.float64, (3,), 0)
     b.result("row", b.add("aten.sub.Tensor", 2, g), torch.float64, (1,))
     check(b.program(), given("logits", "logits", "number"))
+
+
+@pytest.mark.parametrize("number", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("logits", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (N, 1)], ids=str)
+def test_dtypes_are_those_of_the_program(logits: torch.dtype, number: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A number that is spread has dimensions, which decide what dtype comes out."""
+    b = Builder("logits", "rows" if len(shape) == 2 else "whole")
+    z, g = b.inputs()
+    for op, result in (("aten.mul.Tensor", "row"), ("aten.lt.Tensor", "row"), ("aten.add.Tensor", "dx")):
+        b.result(result, b.add(op, spread(b, g), z), torch.float64, (V,) if result == "row" else (3,), 0)
+    program = b.program()
+    inputs = [given("logits")[0].to(logits), torch.full(shape, 1.2345678901234).to(number)]
+    for f, w in zip(evaluate(tidy(program, inputs), inputs, N, ()), evaluate(program, inputs, N, ())):
+        assert f.dtype == w.dtype and torch.equal(f, w)
+
+
+def test_factors_of_another_dtype() -> None:
+    """They do not meet each other, where less of them would be left: integers, and 16 bits beside fp32."""
+    b = Builder("logits", "rows", "rows")
+    z, y, g = b.inputs()
+    times = b.add("aten.mul.Tensor", b.add("aten.mul.Tensor", z, 0.7), y)
+    huge = b.add("aten.mul.Tensor", b.add("aten.mul.Tensor", b.add("aten.mul.Tensor", z, 1e-30), 1e6), 1e300)
+    hot = b.add("aten.scatter.value", zeros(b), 1, b.add("aten.remainder.Scalar", y, V), -1.0)
+    part = b.add("aten.mul.Tensor", b.add("aten.mul.Tensor", hot, g), g)
+    for value in (times, huge, backward(b, log_softmax(b, z), part)):
+        b.result("dx", value, torch.float64, (3,), 0)
+    z_, _, g_ = given("logits", "labels", "number")
+    inputs = [z_, torch.arange(N)[:, None] + 2**24 + 1, g_.bfloat16()]
+    program = b.program()
+    close(evaluate(tidy(program, inputs), inputs, N, ()), evaluate(program, inputs, N, ()), 1e-13)
+
+
+@pytest.mark.parametrize("how", ["raises", "another dtype"])
+def test_a_program_that_cannot_be_written_runs_as_it_is(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: Any, old: int, step: Any) -> Ref:
+        if how == "raises":
+            raise RuntimeError("out of luck")
+        return self._op(torch.ops.prims.convert_element_type.default, Ref(0), torch.bfloat16)
+
+    monkeypatch.setattr(region_tidy._Tidy, "_pointwise", fails)
+    tidied.cache_clear()
+    b = Builder("logits")
+    b.result("dx", b.add("aten.exp.default", *b.inputs()), torch.float64, (3,), 0)
+    with caplog.at_level("WARNING", "lce_inductor"):
+        assert tidy(b.program(), given("logits")) == b.program()
+    assert "runs as it is" in caplog.text
+    tidied.cache_clear()
+
+
+def test_the_result_is_written_over_the_logits() -> None:
+    """Where they are an operand of the last step, without a copy."""
+    from lce_inductor.lower import region_blocks as blocks
+
+    b = Builder("logits", "rows")
+    z, c = b.inputs()
+    b.result("dx", b.add("aten.add.Tensor", b.add("aten.exp.default", c), z), torch.float64, (3,), 0)
+    n, classes = 4, 400  # a step of few values is called as it is
+    z_, c_ = torch.randn(n, classes, dtype=torch.float64), torch.randn(n, classes, dtype=torch.float64)
+    expected, home = c_.exp() + z_, z_.data_ptr()
+    metas = tuple(meta(t, kind) for t, kind in ((z_, "logits"), (c_, "rows")))
+    with Counted() as ops:
+        (found,) = blocks.run(b.program().text(), n, [z_, c_], metas, (), [])
+    assert found.data_ptr() == home and torch.equal(found, expected)
+    assert "aten.copy_.default" not in ops.seen
+
+
+class Counted(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def _left(name: str, b: Builder) -> Ref:

@@ -138,6 +138,8 @@ def test_stored_logits_of_a_teacher_are_no_head(installed):
     w = torch.randn(WIDE, H, requires_grad=True)
     found = told(fn, x, t, w)
     assert codes(found) == [None] and found.held_bytes == 0
+    with torch.no_grad():
+        assert codes(told(fn, x, t, w)) == [None]
     assert codes(told(fn, x, t.requires_grad_(), w)) == ["returned", "no-head"]
 
 

@@ -17,14 +17,16 @@ gradient that is.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spec.program import Program, Ref, Rows, Step, mapped, name_of, only, parse, resolve
+from ..spec.program import Program, Ref, Result, Rows, Step, mapped, name_of, only, parse, resolve
 from .region_values import Meta, call, propagate, refs
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _TIMES = (aten.mul.Tensor, aten.mul.Scalar)
@@ -48,9 +50,19 @@ class _Term(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def tidied(text: str, inputs: tuple[Meta, ...], sizes: tuple[int, ...], device: torch.device) -> str:
-    """The text of a program with the same results, in order, of the same inputs."""
-    tidy = _Tidy(parse(text), propagate(text, _N, inputs, sizes, device), sizes, device)
-    return tidy.program().text()
+    """The text of a program with the same results, in order, of the same inputs; as it is where there is an error."""
+    fakes = propagate(text, _N, inputs, sizes, device)
+    try:
+        tidy = _Tidy(parse(text), fakes, sizes, device)
+        found = tidy.program()
+        for old, new in zip(tidy.given.results, tidy.results):
+            a, b = fakes[old.value.index], tidy.known[new.value.index]
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise RuntimeError(f"a result {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}")
+        return found.text()
+    except Exception as error:
+        log.warning("a region's program runs as it is, in more passes than it might: %s", error, exc_info=True)
+        return text
 
 
 class _Tidy:
@@ -64,6 +76,7 @@ class _Tidy:
     def __init__(self, program: Program, fakes: list[Any], sizes: tuple[int, ...], device: torch.device) -> None:
         self.given, self.fakes, self.sizes, self.device = program, fakes, sizes, device
         self.steps: list[Step] = []
+        self.results: tuple[Result, ...] = ()
         self.at = [Ref(i) for i in range(len(program.inputs))]
         self.known = fakes[: len(program.inputs)]
         self.spread: dict[Ref, tuple[Ref, Any]] = {}
@@ -79,8 +92,8 @@ class _Tidy:
     def program(self) -> Program:
         for old, step in enumerate(self.given.steps, len(self.given.inputs)):
             self.at.append(self._written(old, step))
-        results = tuple(r._replace(value=self.at[r.value.index]) for r in self.given.results)
-        return only(Program(self.given.inputs, tuple(self.steps), results), range(len(results)))
+        self.results = tuple(r._replace(value=self.at[r.value.index]) for r in self.given.results)
+        return only(Program(self.given.inputs, tuple(self.steps), self.results), range(len(self.results)))
 
     def _written(self, old: int, step: Step) -> Ref:
         op = resolve(step.op)
@@ -103,7 +116,10 @@ class _Tidy:
             return self._pointwise(old, here)
         made = self._step(here)
         if op is aten.expand.default and self._is_narrow(here.args[0]) and self._is_wide(made):
-            self.spread[made] = here.args[0], here.args[1][1]
+            base = here.args[0]
+            if self.known[base.index].dim() < 2:  # without dimensions it would no longer decide the dtype
+                base = self._op(aten.reshape.default, base, (1, 1))
+            self.spread[made] = base, here.args[1][1]
         return made
 
     def _now(self, ref: Ref) -> Ref:
@@ -137,6 +153,9 @@ class _Tidy:
         value = self.known[ref.index]
         return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 2
 
+    def _same_dtype(self, a: Ref, b: Ref) -> bool:
+        return bool(self.known[a.index].dtype == self.known[b.index].dtype)
+
     def _alike(self, old: int, other: Any) -> bool:
         if not isinstance(other, Ref):
             return False
@@ -150,14 +169,15 @@ class _Tidy:
         step = self.given.steps[old.index - len(self.given.inputs)]
         return (None, ()) if step.kwargs else (resolve(step.op), step.args)
 
-    def _factor(self, what: Any) -> Any:
-        """What is the same for all classes: a number, or a value [n, 1] or of one element here; else None."""
+    def _factor(self, what: Any, dtype: torch.dtype) -> Any:
+        """What is the same for all classes: a number, or a value [n, 1] or of one element here, of that dtype, in which
+        factors meet each other; else None."""
         if isinstance(what, (int, float)):
             return None if isinstance(what, bool) else float(what)
         if not isinstance(what, Ref):
             return None
         now, _ = self.spread.get(self._now(what), (self._now(what), None))
-        return now if self._is_narrow(now) and self.known[now.index].is_floating_point() else None
+        return now if self._is_narrow(now) and self.known[now.index].dtype == dtype else None
 
     # -- numbers of rows
 
@@ -187,16 +207,16 @@ class _Tidy:
         if op in _TIMES:
             for a, b in (step.args, step.args[::-1]):
                 if isinstance(b, (int, float)) and not isinstance(b, bool) and isinstance(a, Ref):
-                    of, number = self.scaled.get(a, (a, 1.0))
+                    of, number = self.scaled.get(a, (a, 1.0)) if _is_mild(b) else (a, 1.0)
                     return self._scaled(of, number * b) if self._is_wide(a) else self._step(step)
-                if isinstance(a, Ref) and a in self.scaled and isinstance(b, Ref) and self._is_narrow(b):
+                if a in self.scaled and isinstance(b, Ref) and self._is_narrow(b) and self._same_dtype(a, b):
                     of, number = self.scaled[a]
                     return self._op(aten.mul.Tensor, of, self._op(aten.mul.Tensor, b, number))
         return self._step(step)
 
     def _scaled(self, of: Ref, number: float) -> Ref:
         made = self._op(aten.mul.Tensor, of, number)
-        if 1 / _MILD <= abs(number) <= _MILD:
+        if _is_mild(number):
             self.scaled[made] = of, number
         return made
 
@@ -228,8 +248,8 @@ class _Tidy:
         op, of = self._of(args[0])
         if op is not aten.sub.Tensor or not self._alike(args[0].index, of[0]) or not isinstance(of[1], Ref):
             return None
-        row = self._factor(of[1])
-        if row is None or self.known[row.index].dtype != self.fakes[old].dtype:
+        row = self._factor(of[1], self.fakes[old].dtype)
+        if row is None:
             return None
         return self._op(aten.sub.Tensor, self._op(aten.gather.default, self._now(of[0]), 1, self._now(args[2])), row)
 
@@ -319,12 +339,12 @@ class _Tidy:
             return None if p is None or q is None else p + q
         if op in _TIMES or op in _BY:
             for a, b in (args, args[::-1]) if op in _TIMES else (args,):
-                factor = self._factor(b) if self._alike(old.index, a) else None
+                factor = self._factor(b, self.fakes[old.index].dtype) if self._alike(old.index, a) else None
                 if factor is not None:
                     return self._all_times(self._terms(a), factor, op in _BY)
             return None
         if op in _PUT and self.fakes[args[2].index].shape == (_N, 1) and args[1] in (1, -1) and self._is_zero(args[0]):
-            factor = self._factor(args[3])
+            factor = self._factor(args[3], self.fakes[old.index].dtype)
             return None if factor is None else [_Term(factor, None, self._now(args[2]))]
         return None
 
@@ -350,3 +370,7 @@ class _Tidy:
         if isinstance(a, float) and isinstance(b, float):
             return a + b
         return self._op(aten.add.Tensor, *((b, a) if isinstance(a, float) else (a, b)))
+
+
+def _is_mild(number: float) -> bool:
+    return 1 / _MILD <= abs(number) <= _MILD
